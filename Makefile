@@ -1,0 +1,49 @@
+# Every target works on a fresh clone with Python >= 3.11 and make alone; PYTHON picks the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+help:
+	@echo "make demo    train, profile, optimize and plot at small size: minutes on a laptop"
+	@echo "make test    run the tests (ARGS='-m slow' for the slow ones)"
+	@echo "make lint    ruff (rules and format) and mypy"
+	@echo "make venv    create $(VENV) with gradscope and the development tools"
+	@echo "make clean   remove $(VENV), caches and build outputs"
+	@echo "             PYTHON=python3.12 picks the interpreter that creates $(VENV)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gradscope needs Python 3.11 or newer: pass PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "could not create $(VENV) with '$(PYTHON) -m venv': install its venv module (Debian: python3-venv) or pass another PYTHON"; \
+		exit 1; }
+
+# A stamp is newer than its inputs exactly when what they ask for is installed.
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+venv: $(VENV)/.installed-dev
+
+demo: $(VENV)/.installed
+	$(BIN)/gradscope demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find gradscope schedulers benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,56 @@
+"""gradscope: what cheaper gradients of a Vision Transformer are worth, and when to use which.
+
+Measure with `profile`, decide with `schedulers.optimize`, train with `train`; a user's own model needs a `Task`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradscope.cube import merge_cubes, open_cube, profile_of, save_cube
+    from gradscope.profiler import ProfileOptions, profile
+    from gradscope.task import Checkpoint, Task
+    from schedulers import Constraints, Grid, Schedule, Strategy, load_schedule, optimize
+
+_HOMES = {
+    "Checkpoint": "gradscope.task",
+    "Constraints": "schedulers",
+    "Grid": "schedulers",
+    "ProfileOptions": "gradscope.profiler",
+    "Schedule": "schedulers",
+    "Strategy": "schedulers",
+    "Task": "gradscope.task",
+    "load_schedule": "schedulers",
+    "merge_cubes": "gradscope.cube",
+    "open_cube": "gradscope.cube",
+    "optimize": "schedulers",
+    "profile": "gradscope.profiler",
+    "profile_of": "gradscope.cube",
+    "save_cube": "gradscope.cube",
+}
+
+__all__ = [
+    "Checkpoint",
+    "Constraints",
+    "Grid",
+    "ProfileOptions",
+    "Schedule",
+    "Strategy",
+    "Task",
+    "load_schedule",
+    "merge_cubes",
+    "open_cube",
+    "optimize",
+    "profile",
+    "profile_of",
+    "save_cube",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home on first use, so that `import gradscope` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradscope' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

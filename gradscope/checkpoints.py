@@ -1,0 +1,78 @@
+"""Checkpoint files of the bundled trainer: `step-*.pt`, written whole or not at all, loaded without running code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradscope.errors import CheckpointError
+from gradscope.files import write_atomically
+from gradscope.task import Checkpoint
+
+FORMAT = 1
+REQUIRED = (
+    "format",
+    "config",
+    "schedule",
+    "model",
+    "optimizer",
+    "parameter_names",
+    "step",
+    "units",
+    "samples",
+    "seconds",
+    "rng",
+)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.pt"
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically; `content` holds tensors and plain values under the names of REQUIRED."""
+    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of the bundled trainer onto the CPU, with `weights_only=True`.
+
+    Raises CheckpointError when the file is missing, damaged, of a newer format, or not the trainer's.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint, it is damaged or not one ({reason}); remove it and run the same command again"
+        ) from error
+    if not isinstance(content, dict) or any(name not in content for name in REQUIRED):
+        raise CheckpointError(f"{path}: not a checkpoint of `gradscope train`; profile it with --task module:Class")
+    if content["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: written by a newer gradscope (format {content['format']}, known up to {FORMAT}); update gradscope"
+        )
+    return content
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The `step-*.pt` files of a run by step, with the progress they record. Raises CheckpointError when there are none."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder that `gradscope train --out` wrote")
+    found = []
+    for path in sorted(folder.glob("step-*.pt")):
+        if re.fullmatch(r"step-\d+", path.stem):
+            content = load_checkpoint(path)
+            found.append(Checkpoint(path, content["step"], min(content["units"] / content["config"]["budget"], 1.0)))
+    if not found:
+        raise CheckpointError(
+            f"{folder}: holds no checkpoint (step-*.pt); make some with `gradscope train --out {folder}`"
+        )
+    return found

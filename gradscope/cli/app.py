@@ -1,0 +1,79 @@
+"""The typer application: options common to all commands, errors and exit codes.
+
+Only the standard library and typer are imported here and at the top of the command modules, so that
+`--help` stays fast; torch, xarray and plotly are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradscope.cli import measure, schedule, training, view
+
+CONFIG_FILE = "gradscope.toml"
+
+app = typer.Typer(
+    name="gradscope",
+    help="Measure what cheaper gradients of a Vision Transformer are worth, find the best schedule under a budget, and train with it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (view, training, measure, schedule):
+    module.register(app)
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help=f"TOML file with a table per command; default {CONFIG_FILE} if there is one.", envvar="GRADSCOPE_CONFIG")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="GRADSCOPE_DEBUG")] = False,
+) -> None:
+    """Flags win over environment variables (GRADSCOPE_*), these over the TOML file, and that over defaults."""
+    path = config or (Path(CONFIG_FILE) if Path(CONFIG_FILE).is_file() else None)
+    if path is not None:
+        context.default_map = _defaults(path, context)
+
+
+def main() -> None:
+    """Entry point: run a command, print errors in one to three lines, exit as design section 9 says."""
+    debug = "--debug" in sys.argv[1:] or bool(os.environ.get("GRADSCOPE_DEBUG"))
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to continue", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            print(f"error: {type(error).__name__}: {error} (an unexpected one: run with `gradscope --debug ...` for the traceback)", file=sys.stderr)
+            sys.exit(1)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _defaults(path: Path, context: typer.Context) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}", param_hint="--config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} is not TOML: {error}", param_hint="--config") from error
+    commands: dict[str, Any] = getattr(context.command, "commands", {})
+    for name, table in tables.items():
+        if name not in commands or not isinstance(table, dict):
+            raise typer.BadParameter(f"{path}: [{name}] is no command; the tables are {', '.join(commands)}", param_hint="--config")
+        known = [parameter.name for parameter in commands[name].params]
+        for key in table:
+            if key not in known:
+                raise typer.BadParameter(f"{path}: [{name}] has no option {key!r}; it has {', '.join(map(str, known))}", param_hint="--config")
+    return tables

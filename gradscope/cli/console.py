@@ -1,0 +1,115 @@
+"""What the commands share: option types, output on stdout, and reading texts of options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from schedulers import Grid, Strategy
+
+
+def parse_units(text: str | float) -> float:
+    """An option's value such as `100M`, as units; typer turns the error into usage and exit code 2."""
+    from schedulers.counts import parse_count
+    from schedulers.errors import UsageError
+
+    try:
+        return parse_count(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Budget = Annotated[float, typer.Option("--budget", "-b", parser=parse_units, metavar="N[K|M|B]", help="Budget in units (a unit is one forward pass of a full-length sequence), as 300K or 100M.", envvar="GRADSCOPE_BUDGET")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", envvar="GRADSCOPE_QUIET")]
+DataFolder = Annotated[Path | None, typer.Option(help="Folder that holds the data.", envvar="GRADSCOPE_DATA")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.", envvar="GRADSCOPE_DEVICE")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", envvar="GRADSCOPE_SEED")]
+
+
+def emit(values: dict[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
+    """Print one JSON object or the lines."""
+    if as_json:
+        print(json.dumps({"schema_version": 1, **values}, allow_nan=False))
+    else:
+        for line in lines:
+            print(line)
+
+
+def open_device(name: str) -> torch.device:
+    """The device of that name. Raises UsageError when it is not there."""
+    import torch
+
+    from gradscope.errors import UsageError
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is no device; use cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device can be used here; use --device cpu")
+    return device
+
+
+def parse_grid_axes(text: str) -> dict[str, tuple[Any, ...]]:
+    """Read `patch=2,4,7;dropout=0,0.5` into axes. Raises UsageError on another form."""
+    from gradscope.errors import UsageError
+    from schedulers import Strategy
+
+    axes: dict[str, tuple[Any, ...]] = {}
+    for part in text.split(";"):
+        name, equals, values = part.partition("=")
+        items = [value.strip() for value in values.split(",")]
+        if not (name.strip() and equals and all(items)):
+            raise UsageError(f"--grid {text!r}: {part!r} is not of the form axis=value,value (as in patch=2,4,7;dropout=0,0.5)")
+        axes[name.strip()] = tuple(Strategy.parse(f"v={item}")["v"] for item in items)
+    return axes
+
+
+def override_grid(grid: Grid, text: str) -> Grid:
+    """`grid` with the values that `text` names and the reference's. Raises UsageError for an axis that is not there."""
+    from gradscope.errors import UsageError
+    from schedulers import Grid
+
+    axes = parse_grid_axes(text)
+    for name in axes:
+        if name not in grid.axes:
+            raise UsageError(f"--grid {text!r}: unknown axis {name!r}; the axes are {', '.join(grid.axes)}")
+        missing = () if grid.reference[name] in axes[name] else (grid.reference[name],)
+        axes[name] = (*missing, *axes[name])
+    return Grid({**grid.axes, **axes}, grid.reference, grid.units)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a plain text table, the first column left-aligned and the others right-aligned."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+
+    return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
+
+
+def complete(text: str, reference: Strategy) -> Strategy:
+    """The strategy that `text` names; an axis that is not given takes the reference's value."""
+    from gradscope.errors import UsageError
+    from schedulers import Strategy
+
+    given = Strategy.parse(text)
+    for axis in given:
+        if axis not in reference:
+            raise UsageError(f"unknown axis {axis!r} in {text!r}; the axes are {', '.join(reference)}")
+    return Strategy({axis: given.get(axis, reference[axis]) for axis in reference})
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,177 @@
+"""`gradscope profile`, `gradscope merge` and `gradscope show`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradscope.cli.console import DataFolder, Device, Json, Quiet, Seed, emit, note, open_device, override_grid, table
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradscope.task import Task
+
+Cube = Annotated[Path, typer.Argument(help="A cube file.", envvar="GRADSCOPE_CUBE")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="The loop")(profile)
+    app.command(rich_help_panel="Further")(merge)
+    app.command(rich_help_panel="Further")(show)
+
+
+def profile(
+    ckpt_dir: Annotated[Path, typer.Argument(help="Folder with the checkpoints of one run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The cube file.", envvar="GRADSCOPE_CUBE")] = Path("cube.nc"),
+    task: Annotated[str | None, typer.Option(help="Your own task, as my_module:MyTask; default: the method the checkpoints name.", envvar="GRADSCOPE_TASK")] = None,
+    samples: Annotated[int, typer.Option(help="Samples per cell.", envvar="GRADSCOPE_SAMPLES")] = 1024,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per sub-batch (K); default: the run's batch size.")] = None,
+    grid: Annotated[str | None, typer.Option(help="Strategies, as patch=2,4,7;dropout=0,0.5; default: the run's grid.")] = None,
+    group_size: Annotated[int, typer.Option(help="Strategies measured side by side (memory: two gradients each).")] = 8,
+    seed: Seed = 0,
+    data_folder: DataFolder = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew if the file holds another profile.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured and at what cost.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure bias and variance of every strategy's gradient at every checkpoint. Run again to resume.
+
+    gradscope profile ckpt_dir
+    """
+    from gradscope.profiler import ProfileOptions
+    from gradscope.profiler import profile as run
+    from gradscope.progress import Progress
+    from schedulers import format_count
+
+    measured = open_task(task, ckpt_dir, data_folder, open_device(device))
+    if grid is not None:
+        measured.grid = override_grid(measured.grid, grid)
+    options = ProfileOptions(samples=samples, batch_size=batch_size, seed=seed, group_size=group_size)
+    if dry_run:
+        checkpoints, strategies = measured.checkpoints(ckpt_dir), measured.grid.strategies()
+        units = len(checkpoints) * sum(measured.cost(s) * samples for s in strategies)
+        facts = {"checkpoints": len(checkpoints), "strategies": len(strategies), "cells": len(checkpoints) * len(strategies), "units": units}
+        emit(facts, [f"{facts['cells']} cells ({len(checkpoints)} checkpoints x {len(strategies)} strategies), about {format_count(units)} units"], as_json=as_json)
+        return
+    with Progress("profile", quiet=quiet or as_json) as progress:
+        tree, summary = run(measured, ckpt_dir, out, options=options, overwrite=overwrite, report=progress.update)
+    facts = {"cube": str(out), "measured": summary.measured, "reused": summary.reused, "failed": summary.failures, "units": summary.units}
+    lines = [f"{out}: {summary.measured} cells measured, {summary.reused} reused, {len(summary.failures)} failed; {format_count(summary.units or 1)} units"]
+    emit(facts, [*lines, *untrained_note(tree.attrs, measured)], as_json=as_json)
+    for cell, reason in list(summary.failures.items())[:5]:
+        note(f"failed: {cell}: {reason}")
+    if summary.failures:
+        raise typer.Exit(4)
+
+
+def merge(
+    cubes: Annotated[list[Path], typer.Argument(help="Cubes of one profile, measured in parts.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The joined cube.")] = Path("cube.nc"),
+    as_json: Json = False,
+) -> None:
+    """Join cubes that were measured in parts (other checkpoints or strategies of one run).
+
+    gradscope merge a.nc b.nc -o cube.nc
+    """
+    from gradscope.cube import DONE, merge_cubes, open_cube, save_cube
+
+    cube, groups = merge_cubes([open_cube(path) for path in cubes])
+    save_cube(cube, groups, out)
+    done = int((cube["status"] == DONE).sum())
+    emit({"cube": str(out), "done": done, "cells": cube["status"].size}, [f"{out}: {done} of {cube['status'].size} cells"], as_json=as_json)
+
+
+def show(file: Annotated[Path, typer.Argument(help="A cube, a schedule or a checkpoint.")], as_json: Json = False) -> None:
+    """What is in a file.
+
+    gradscope show cube.nc
+    """
+    from gradscope.errors import UsageError
+
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file; give a cube (.nc), a schedule (.json) or a checkpoint (.pt)")
+    readers = {".nc": _show_cube, ".json": _show_schedule, ".pt": _show_checkpoint}
+    if file.suffix not in readers:
+        raise UsageError(f"{file}: not a kind of file this command knows ({', '.join(readers)})")
+    facts, lines = readers[file.suffix](file)
+    emit(facts, lines, as_json=as_json)
+
+
+def open_task(name: str | None, folder: Path, data_folder: Path | None, device: torch.device) -> Task:
+    """The user's task `module:Class`, or the bundled one of the folder's checkpoints. Raises TaskError, CheckpointError."""
+    import importlib
+
+    from gradscope.errors import TaskError
+    from gradscope.task import Task
+    from gradscope.tasks import PretrainTask
+
+    if name is None:
+        return PretrainTask.from_folder(folder, data_folder=data_folder, device=device)
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise TaskError(f"--task {name!r} is not of the form module:Class")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)()
+    except ModuleNotFoundError as error:
+        raise TaskError(f"--task {name!r}: {error}; run from the folder that holds {module_name.split('.')[0]}.py") from error
+    except AttributeError as error:
+        raise TaskError(f"--task {name!r}: {error}") from error
+    if not isinstance(made, Task):
+        raise TaskError(f"--task {name!r}: {class_name} is no gradscope.Task")
+    return made
+
+
+def untrained_note(attributes: Any, task: Task) -> list[str]:
+    """A line that names the grid's strategies under which the checkpoints were never trained (design section 4)."""
+    import json
+
+    trained = json.loads(attributes.get("training_json", "{}")).get("strategies")
+    never = [] if trained is None else [str(s) for s in task.grid.strategies() if str(s) not in trained]
+    if not never:
+        return []
+    shown = ", ".join(never[:4]) + (f" and {len(never) - 4} more" if len(never) > 4 else "")
+    return [f"note: the checkpoints were never trained under {shown}; much of their bias is then mismatch that a few steps remove (a mixed pilot avoids it)"]
+
+
+def _show_cube(file: Path) -> tuple[dict[str, Any], list[str]]:
+    from gradscope.cube import DONE, FAILED, grid_of, open_cube
+
+    cube = open_cube(file).dataset
+    grid, status = grid_of(cube), cube["status"].values
+    facts = {
+        "kind": "cube", "progress": [float(p) for p in cube["progress"].values],
+        "axes": {name: list(values) for name, values in grid.axes.items()}, "reference": str(grid.reference),
+        "done": int((status == DONE).sum()), "failed": int((status == FAILED).sum()), "cells": int(status.size),
+        "batch_size": int(cube.attrs["batch_size"]), "samples": int(cube["n_samples"].max()),
+    }  # fmt: skip
+    lines = [f"cube: {facts['done']} of {facts['cells']} cells done, {facts['failed']} failed; K {facts['batch_size']}, up to {facts['samples']} samples per cell"]
+    lines += [f"progress: {', '.join(f'{p:.3g}' for p in cube['progress'].values)}"]
+    lines += [f"{name}: {', '.join(map(str, values))}" for name, values in grid.axes.items()]
+    return facts, [*lines, f"reference: {grid.reference}"]
+
+
+def _show_schedule(file: Path) -> tuple[dict[str, Any], list[str]]:
+    import json
+
+    from schedulers import load_schedule
+
+    plan = load_schedule(file)
+    rows = [[f"{stage.start:.2f}-{stage.end:.2f}", f"{stage.cost:.3f}", " + ".join(f"{w:.0%} {s}" if w < 1 else str(s) for s, w in stage.mixture)] for stage in plan.stages]
+    return {"kind": "schedule", **json.loads(plan.to_json())}, table(["fraction", "cost", "strategy"], rows)
+
+
+def _show_checkpoint(file: Path) -> tuple[dict[str, Any], list[str]]:
+    from gradscope.checkpoints import load_checkpoint
+
+    content = load_checkpoint(file)
+    facts = {"kind": "checkpoint", **{name: content[name] for name in ("step", "units", "samples", "seconds", "config")}}
+    progress = content["units"] / content["config"]["budget"]
+    lines = [f"checkpoint: step {content['step']:,}, {content['samples']:,} samples, {progress:.1%} of {content['config']['budget']:,.0f} units"]
+    return facts, [*lines, *(f"{name} = {value}" for name, value in content["config"].items())]

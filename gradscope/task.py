@@ -1,0 +1,143 @@
+"""What a user writes to have their own model profiled."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradscope.errors import CheckpointError
+from schedulers import Grid, Strategy
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file and its position in its run: `progress` in [0, 1], `step` in optimizer steps."""
+
+    path: Path
+    step: int
+    progress: float
+
+
+class Task(ABC):
+    """A model, its data and its loss under every strategy of a grid.
+
+    Four methods are to be written; the others have working defaults. The profiler calls
+    `loss(model, batch, strategy, generator)` with the same batch for every strategy and differentiates it.
+
+    Attributes: `grid` (axes, values, reference); `batch_size`, the K samples of a sub-batch, by default that
+    of the training run; `frozen`, names of trainable parameters that the loss does not reach on purpose.
+    """
+
+    grid: Grid
+    batch_size: int = 64
+    frozen: Collection[str] = ()
+
+    @abstractmethod
+    def load(self, checkpoint: Path) -> nn.Module:
+        """The model as it was at `checkpoint`, in the mode in which it trains."""
+
+    @abstractmethod
+    def batches(self, size: int, seed: int) -> Iterator[Any]:
+        """Batches of `size` samples without end, the same ones for the same seed (augmented views included)."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any, strategy: Strategy, generator: torch.Generator) -> Tensor:
+        """Mean loss of the batch under `strategy`, a scalar; random choices come from `generator`."""
+
+    @abstractmethod
+    def cost(self, strategy: Strategy) -> float:
+        """Units per sample: forward passes of one reference sequence, a backward pass counting two."""
+
+    def param_groups(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
+        """Names of the trainable parameters by group; default: by module, each numbered block apart."""
+        groups: dict[str, list[str]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in set(self.frozen):
+                groups.setdefault(_group_of(name), []).append(name)
+        return groups
+
+    def checkpoints(self, folder: Path) -> Sequence[Checkpoint]:
+        """The checkpoints of a run, by progress; default: files by the last number in their name.
+
+        Takes `*.pt`, `*.pth`, `*.ckpt`, `*.safetensors`; progress is that number over the largest one.
+        Raises CheckpointError when there are none.
+        """
+        return numbered_checkpoints(folder)
+
+    def second_moment(self, checkpoint: Path, model: nn.Module) -> Mapping[str, Tensor] | None:
+        """Adam's bias-corrected second moment per trainable parameter, or None to have it estimated."""
+        return None
+
+    def other_costs(self, strategy: Strategy) -> Mapping[str, float]:
+        """Costs by further cost models (`paper`, `measured`), units per sample, where they are known."""
+        return {}
+
+    def tokens(self, strategy: Strategy) -> Mapping[str, int]:
+        """Sequence lengths by name (`query`, `key`), where the model has any; shown beside the results."""
+        return {}
+
+    def describe(self) -> Mapping[str, Any]:
+        """What identifies this task, as JSON values; a cell measured under another description is not reused."""
+        try:
+            source = inspect.getsource(type(self))
+        except (OSError, TypeError):
+            source = ""
+        return {"task": f"{type(self).__module__}:{type(self).__qualname__}", "source": _short_digest(source)}
+
+    def training(self, folder: Path) -> Mapping[str, Any]:
+        """How the checkpoints were trained: `schedule` (text), `strategies` (texts), `budget` (units), where known."""
+        return {}
+
+
+def task_digest(task: Task) -> str:
+    """Digest of everything that fixes a cell's number besides checkpoint, seed and K.
+
+    The grid's values are not part of it: a grid may grow without its finished cells being measured again.
+    """
+    fixed = {"reference": str(task.grid.reference), "axes": list(task.grid.axes), **task.describe()}
+    return _short_digest(json.dumps(fixed, sort_keys=True))
+
+
+def numbered_checkpoints(
+    folder: Path, patterns: Sequence[str] = ("*.pt", "*.pth", "*.ckpt", "*.safetensors")
+) -> list[Checkpoint]:
+    """Checkpoint files of a folder by the last number in their name. Raises CheckpointError when there are none."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder that holds the checkpoints")
+    steps: dict[int, Path] = {}
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            numbers = re.findall(r"\d+", path.stem)
+            if numbers:
+                steps.setdefault(int(numbers[-1]), path)
+    if not steps:
+        raise CheckpointError(
+            f"{folder}: no checkpoint found ({', '.join(patterns)} with a number in the name); train with --out {folder} first"
+        )
+    last = max(steps) or 1
+    return [Checkpoint(path=steps[step], step=step, progress=step / last) for step in sorted(steps)]
+
+
+def _group_of(parameter_name: str) -> str:
+    """`a.blocks.3.attn.weight` -> `a.blocks.3`, `head.0.weight` -> `head`, `a.b.c.weight` -> `a.b`."""
+    parts = parameter_name.split(".")[:-1]
+    numbered = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+    if numbered is not None:
+        return ".".join(parts[: numbered + 1])
+    if len(parts) > 1 and parts[-1].isdigit():
+        parts = parts[:-1]
+    return ".".join(parts[:2]) or parameter_name
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,75 @@
+"""Decisions: which accelerated gradient runs when. NumPy and SciPy only.
+
+Strategies and grids, costs, criteria, the dynamic program that turns a profile into a schedule,
+schedules as values and as JSON, learning-rate decay over the budget.
+"""
+
+from schedulers.costs import (
+    METHOD_FORMULAS,
+    CostFormula,
+    TokenCounts,
+    paper_cost,
+    paper_table2b_cost,
+    sequence_cost,
+    token_cost,
+    token_counts,
+)
+from schedulers.counts import format_count, parse_count
+from schedulers.criteria import CRITERIA, MOMENTS, Criterion, Moments, criterion_se, get_criterion
+from schedulers.decay import DECAY_KINDS, Decay
+from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, UsageError
+from schedulers.optimizer import Constraints, optimize
+from schedulers.profile import Profile
+from schedulers.program import solve
+from schedulers.schedule import (
+    Schedule,
+    Stage,
+    constant_schedule,
+    load_schedule,
+    mixed_schedule,
+    save_schedule,
+)
+from schedulers.schedule_text import parse_schedule
+from schedulers.strategy import AxisValue, Grid, Strategy
+from schedulers.tokens import kept_tokens, patch_tokens
+
+__all__ = [
+    "CRITERIA",
+    "DECAY_KINDS",
+    "METHOD_FORMULAS",
+    "MOMENTS",
+    "AxisValue",
+    "Constraints",
+    "CostFormula",
+    "Criterion",
+    "Decay",
+    "GradscopeError",
+    "Grid",
+    "InfeasibleError",
+    "Moments",
+    "Profile",
+    "Schedule",
+    "ScheduleError",
+    "Stage",
+    "Strategy",
+    "TokenCounts",
+    "UsageError",
+    "constant_schedule",
+    "criterion_se",
+    "format_count",
+    "get_criterion",
+    "kept_tokens",
+    "load_schedule",
+    "mixed_schedule",
+    "optimize",
+    "paper_cost",
+    "paper_table2b_cost",
+    "parse_count",
+    "parse_schedule",
+    "patch_tokens",
+    "save_schedule",
+    "sequence_cost",
+    "solve",
+    "token_cost",
+    "token_counts",
+]

@@ -1,0 +1,179 @@
+"""Criteria: small pure functions from gradient moments and costs to a score (design §4).
+
+C is a strategy's cost in units per sample, β the budget of one update in units (by default batch
+size times the reference's C), B the batch size. The moments are unbiased and signed, so an estimate
+of something non-negative may be negative; clamping happens here and nowhere before. A score is NaN
+where a moment is NaN and where norm_sq_ref, the estimate of ‖G‖², is not positive: there the
+reference gradient is lost in noise and nothing can be said about any strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from schedulers.errors import UsageError
+
+FloatArray = NDArray[np.float64]
+
+MOMENTS = ("bias_sq", "variance", "norm_sq", "inner", "norm_sq_ref")
+_SMALL_STEP = 1e-3  # step of the central differences in standard errors, where the score is smooth
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of a strategy's gradient (design §3), float64 arrays brought to one shape.
+
+    bias_sq ‖E g − G‖², variance the trace of the per-sample covariance, norm_sq ‖E g‖²,
+    inner ⟨E g, G⟩, norm_sq_ref ‖G‖²; all in one metric.
+    """
+
+    bias_sq: FloatArray
+    variance: FloatArray
+    norm_sq: FloatArray
+    inner: FloatArray
+    norm_sq_ref: FloatArray
+
+    def __post_init__(self) -> None:
+        values = [np.asarray(getattr(self, f.name), dtype=np.float64) for f in fields(self)]
+        try:
+            values = list(np.broadcast_arrays(*values))
+        except ValueError:
+            shapes = ", ".join(f"{f.name} {v.shape}" for f, v in zip(fields(self), values, strict=True))
+            raise UsageError(f"moments do not share one shape: {shapes}") from None
+        for f, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, f.name, value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.bias_sq.shape
+
+    def map(self, function: Callable[[FloatArray], Any]) -> Moments:
+        """`function` applied to each of the five arrays."""
+        return Moments(*(function(getattr(self, name)) for name in MOMENTS))
+
+
+class ScoreFunction(Protocol):
+    """Score from moments (any shape) and cost (broadcastable to it); keywords as in the module's text."""
+
+    def __call__(
+        self, moments: Moments, cost: ArrayLike, *, beta: float, batch_size: int, reference_cost: float
+    ) -> FloatArray: ...
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a schedule optimizes: `score(moments, cost, *, beta, batch_size, reference_cost)` and its direction."""
+
+    name: str
+    title: str
+    lower_is_better: bool
+    score: ScoreFunction
+
+
+def ca_mse(moments: Moments, cost: ArrayLike, *, beta: float, batch_size: int, reference_cost: float) -> FloatArray:
+    """The paper's cost-adjusted mean squared error (eq. 10) over ‖G‖²; lower is better.
+
+    ( max(bias_sq, 0) + C/β · variance ) / norm_sq_ref
+    """
+    noise = np.asarray(cost, dtype=np.float64) / beta * moments.variance
+    return _ratio(np.maximum(moments.bias_sq, 0) + noise, moments.norm_sq_ref, moments)
+
+
+def descent(moments: Moments, cost: ArrayLike, *, beta: float, batch_size: int, reference_cost: float) -> FloatArray:
+    """Signed squared cosine between an update of budget β and the true gradient; higher is better.
+
+    sign(inner) · inner² / ( (max(norm_sq, 0) + C/β · variance) · norm_sq_ref ), in [−1, 1] for exact moments.
+    """
+    noise = np.asarray(cost, dtype=np.float64) / beta * moments.variance
+    return _ratio(
+        _signed_square(moments.inner), (np.maximum(moments.norm_sq, 0) + noise) * moments.norm_sq_ref, moments
+    )
+
+
+def descent_batch(
+    moments: Moments, cost: ArrayLike, *, beta: float, batch_size: int, reference_cost: float
+) -> FloatArray:
+    """Gain per unit at a fixed batch B instead of a fixed budget; higher is better.
+
+    sign(inner) · inner² / ( (max(norm_sq, 0) + variance/B) · norm_sq_ref ) · C_ref/C
+    """
+    spread = np.maximum(moments.norm_sq, 0) + moments.variance / batch_size
+    cosine = _ratio(_signed_square(moments.inner), spread * moments.norm_sq_ref, moments)
+    return cosine * (reference_cost / np.asarray(cost, dtype=np.float64))
+
+
+CRITERIA: dict[str, Criterion] = {
+    "ca-mse": Criterion("ca-mse", "CA-MSE / ‖G‖²", True, ca_mse),
+    "descent": Criterion("descent", "descent (signed cos², same budget per update)", False, descent),
+    "descent-batch": Criterion("descent-batch", "descent per unit (same batch per update)", False, descent_batch),
+}
+
+
+def get_criterion(criterion: str | Criterion) -> Criterion:
+    """The criterion of that name, or the criterion itself. Raises UsageError for an unknown name."""
+    if isinstance(criterion, Criterion):
+        return criterion
+    if criterion not in CRITERIA:
+        raise UsageError(f"unknown criterion {criterion!r}; the criteria are {', '.join(CRITERIA)}")
+    return CRITERIA[criterion]
+
+
+def criterion_se(
+    criterion: str | Criterion,
+    moments: Moments,
+    covariance: ArrayLike,
+    cost: ArrayLike,
+    *,
+    beta: float,
+    batch_size: int,
+    reference_cost: float,
+) -> FloatArray:
+    """One standard error of a score by the delta method: √(∇ᵀ Σ ∇), ∇ by central differences.
+
+    `covariance` has the shape of the moments and a trailing (5, 5) in the order of MOMENTS: the
+    covariance of the estimates, not of single samples. The criteria have a kink at 0 in bias_sq and
+    norm_sq and a flat point in inner; a moment within one standard error of 0 is therefore stepped by
+    a whole standard error (the slope that the estimate really meets) and every other by a thousandth
+    of one. The two agree where they meet. NaN where the score or an entry of the covariance is NaN.
+    """
+    chosen = get_criterion(criterion)
+    sigma = np.asarray(covariance, dtype=np.float64)
+    if sigma.shape != (*moments.shape, len(MOMENTS), len(MOMENTS)):
+        raise UsageError(f"covariance has shape {sigma.shape}; moments of shape {moments.shape} need (..., 5, 5)")
+
+    def score(values: Moments) -> FloatArray:
+        return chosen.score(values, cost, beta=beta, batch_size=batch_size, reference_cost=reference_cost)
+
+    base = score(moments)
+    gradient = np.zeros((*moments.shape, len(MOMENTS)))
+    for i, name in enumerate(MOMENTS):
+        value = getattr(moments, name)
+        se = np.sqrt(np.maximum(sigma[..., i, i], 0))
+        if name == "norm_sq_ref":  # smooth where it is positive, undefined elsewhere
+            step = np.minimum(_SMALL_STEP * se, np.abs(value) / 2)
+        else:
+            step = np.where(np.abs(value) <= se, se, _SMALL_STEP * se)
+        up, down = value + step, value - step
+        width = up - down
+        moved = score(_with(moments, name, up)) - score(_with(moments, name, down))
+        gradient[..., i] = np.where(width > 0, moved / np.where(width > 0, width, 1), 0)
+    square = np.einsum("...i,...ij,...j->...", gradient, sigma, gradient)
+    return np.where(np.isnan(base), np.nan, np.sqrt(np.maximum(square, 0)))
+
+
+def _with(moments: Moments, name: str, value: FloatArray) -> Moments:
+    return Moments(**{key: value if key == name else getattr(moments, key) for key in MOMENTS})
+
+
+def _signed_square(x: FloatArray) -> FloatArray:
+    return np.asarray(x * np.abs(x))
+
+
+def _ratio(numerator: FloatArray, denominator: FloatArray, moments: Moments) -> FloatArray:
+    known = (denominator > 0) & (moments.norm_sq_ref > 0)
+    return np.where(known, numerator / np.where(known, denominator, 1), np.nan)

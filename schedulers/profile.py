@@ -1,0 +1,111 @@
+"""A profile: the NumPy view of a measured cube, and its interpolation over progress.
+
+Shape legend: T profiled progress points, C strategies in `grid.strategies()` order, N asked-for points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments, criterion_se, get_criterion
+from schedulers.errors import UsageError
+from schedulers.strategy import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Moments of every strategy's gradient at some points of training, in one metric.
+
+    `progress` (T,) strictly increasing in [0, 1]; `cost` (C,) units per sample under `cost_model`, NaN
+    where not known; `moments` (T, C), NaN where not measured; `covariance` (T, C, 5, 5) of the
+    estimates in the order of MOMENTS, or None; `batch_size` is the K of the profiled run and `beta`
+    the budget of one update in units. `digest` identifies the cube; `reference_budget` is the budget
+    in units of the run that was profiled, None when unknown. Raises UsageError, naming the field,
+    when shapes or values do not fit.
+    """
+
+    grid: Grid
+    progress: FloatArray
+    cost: FloatArray
+    moments: Moments
+    covariance: FloatArray | None
+    batch_size: int
+    beta: float
+    metric: str
+    cost_model: str
+    digest: str
+    reference_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("progress", "cost", "covariance"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, np.asarray(value, dtype=np.float64))
+        points, strategies = self.progress.size, len(self.grid)
+        if self.progress.shape != (points,) or not points:
+            raise UsageError(f"progress has shape {self.progress.shape}; a profile needs one dimension, not empty")
+        if not (np.all((self.progress >= 0) & (self.progress <= 1)) and np.all(np.diff(self.progress) > 0)):
+            raise UsageError(f"progress must increase within [0, 1], not {self.progress.tolist()}")
+        if self.cost.shape != (strategies,):
+            raise UsageError(f"cost has shape {self.cost.shape}; the grid has {strategies} strategies")
+        if not np.all(np.isnan(self.cost) | ((self.cost > 0) & np.isfinite(self.cost))):
+            raise UsageError(f"cost must be positive, or NaN where it is not known, not {self.cost.tolist()}")
+        if self.moments.shape != (points, strategies):
+            raise UsageError(f"moments have shape {self.moments.shape}, not {(points, strategies)} (progress, grid)")
+        if self.covariance is not None and self.covariance.shape != (points, strategies, len(MOMENTS), len(MOMENTS)):
+            raise UsageError(f"covariance has shape {self.covariance.shape}, not {(points, strategies, 5, 5)}")
+        if self.batch_size < 1 or not self.beta > 0:
+            raise UsageError(f"batch_size={self.batch_size} and beta={self.beta} must be positive")
+
+    @property
+    def reference_index(self) -> int:
+        """Position of the reference among the C strategies."""
+        return int(np.ravel_multi_index(self.grid.position(self.grid.reference), self.grid.shape))
+
+    @property
+    def reference_cost(self) -> float:
+        """Units per sample of the reference; NaN when its cost is not known."""
+        return float(self.cost[self.reference_index])
+
+    def at(self, progress_points: ArrayLike) -> Moments:
+        """Moments (N, C) at `progress_points` (N,), each quantity interpolated by `interpolate`."""
+        return self.moments.map(lambda values: interpolate(self.progress, values, progress_points))
+
+    def scores(self, criterion: str | Criterion, progress_points: ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Score and its standard error, both (N, C), at `progress_points` (N,).
+
+        The score is that of the interpolated moments. The standard error is found at the profiled
+        points (`criterion_se`) and interpolated as a positive quantity, which takes neighbouring
+        points as fully correlated; it is NaN without a covariance.
+        """
+        chosen = get_criterion(criterion)
+        batch, ref = self.batch_size, self.reference_cost
+        score = chosen.score(self.at(progress_points), self.cost, beta=self.beta, batch_size=batch, reference_cost=ref)
+        if self.covariance is None:
+            return score, np.full(score.shape, np.nan)
+        se = criterion_se(
+            chosen, self.moments, self.covariance, self.cost, beta=self.beta, batch_size=batch, reference_cost=ref
+        )
+        return score, interpolate(self.progress, se, progress_points)
+
+
+def interpolate(progress: FloatArray, values: FloatArray, progress_points: ArrayLike) -> FloatArray:
+    """`values` (T, C) over `progress` (T,) at `progress_points` (N,), giving (N, C).
+
+    Between two points that are both positive, linear in the logarithm; otherwise linear. Constant
+    before the first and after the last point. On a profiled point its value alone counts; between
+    two, the result is NaN where either is.
+    """
+    points = np.clip(np.asarray(progress_points, dtype=np.float64), progress[0], progress[-1])
+    right = np.clip(np.searchsorted(progress, points), 0, len(progress) - 1)
+    left = np.where(progress[right] == points, right, np.maximum(right - 1, 0))
+    gap = np.where(right > left, progress[right] - progress[left], 1.0)
+    weight = np.where(right > left, (points - progress[left]) / gap, 0.0)[:, None]
+    a, b = values[left], values[right]
+    positive = (a > 0) & (b > 0)
+    log_a, log_b = np.log(np.where(positive, a, 1.0)), np.log(np.where(positive, b, 1.0))
+    between = np.where(positive, np.exp((1 - weight) * log_a + weight * log_b), (1 - weight) * a + weight * b)
+    return np.where((left == right)[:, None], a, between)

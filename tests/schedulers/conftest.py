@@ -1,0 +1,43 @@
+"""Profiles built by hand for the tests of the optimizer and of interpolation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from schedulers import Criterion, Grid, Moments, Profile, Strategy
+
+TWO_AXES = Grid({"patch": (16, 30), "dropout": (0, 0.5)}, Strategy(patch=16, dropout=0))
+
+
+@pytest.fixture
+def raw() -> Criterion:
+    """A criterion that is the moment bias_sq itself: lower is better, any number may be planted."""
+    return Criterion("raw", "raw", True, lambda moments, cost, *, beta, batch_size, reference_cost: moments.bias_sq)
+
+
+@pytest.fixture
+def raw_profile() -> Callable[..., Profile]:
+    """`raw_profile(loss (N, C), grid, cost)`: a profile with a point on every slice whose raw score is `loss`."""
+
+    def build(loss: Any, grid: Grid = TWO_AXES, cost: Any = None, **changes: Any) -> Profile:
+        values = np.asarray(loss, dtype=float)
+        ones = np.ones_like(values)
+        fields: dict[str, Any] = {
+            "grid": grid,
+            "progress": np.arange(len(values)) / len(values),
+            "cost": np.arange(len(grid), 0, -1.0) if cost is None else np.asarray(cost, dtype=float),
+            "moments": Moments(values, ones, ones, ones, ones),
+            "covariance": None,
+            "batch_size": 8,
+            "beta": 32.0,
+            "metric": "euclidean",
+            "cost_model": "tokens",
+            "digest": "d1",
+        }
+        return Profile(**{**fields, **changes})
+
+    return build

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from schedulers import Grid, Moments, Profile, Strategy, UsageError, criterion_se
+from schedulers.profile import interpolate
+
+GRID = Grid({"mode": ("a", "b")}, Strategy(mode="b"))
+
+
+def profile(progress=(0.0, 0.5, 1.0), **changes) -> Profile:
+    ones = np.ones((len(progress), 2))
+    fields = {
+        "grid": GRID,
+        "progress": np.array(progress),
+        "cost": np.array([1.0, 4.0]),
+        "moments": Moments(ones * [[0.2, 0.0]], ones * 10, ones, ones * [[0.8, 1.0]], ones),
+        "covariance": None,
+        "batch_size": 8,
+        "beta": 32.0,
+        "metric": "euclidean",
+        "cost_model": "tokens",
+        "digest": "d",
+    }
+    return Profile(**{**fields, **changes})
+
+
+def at(values: list[float], points: list[float], progress: tuple[float, ...] = (0.0, 0.5, 1.0)) -> np.ndarray:
+    return interpolate(np.array(progress), np.array(values)[:, None], points)[:, 0]
+
+
+def test_positive_quantities_are_linear_in_the_logarithm() -> None:
+    points = [0, 0.1, 0.25, 0.5, 0.6, 1]
+    expected = np.exp(np.interp(points, [0, 0.5, 1], np.log([1, 100, 4])))
+    assert_allclose(at([1, 100, 4], points), expected)
+    assert at([1, 100, 4], [0.25])[0] == pytest.approx(10)
+
+
+def test_a_bracket_with_a_point_that_is_not_positive_is_linear() -> None:
+    assert_allclose(at([-1, 3, 12], [0.25, 0.75]), [1, 6])
+    assert_allclose(at([0, 3, 12], [0.25]), [1.5])
+
+
+def test_missing_points_spoil_their_brackets_alone() -> None:
+    result = at([1, np.nan, 4], [0, 0.2, 0.5, 0.7, 1])
+    assert np.isnan(result).tolist() == [False, True, True, True, False]
+
+
+def test_outside_the_profiled_range_the_ends_hold() -> None:
+    assert_allclose(at([2, 8], [0, 0.1, 0.3, 0.9, 1], progress=(0.1, 0.9)), [2, 2, 2 * 4**0.25, 8, 8])
+
+
+def test_a_single_point_holds_everywhere() -> None:
+    assert_allclose(at([7], [0, 0.4, 1], progress=(0.4,)), [7, 7, 7])
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5), st.floats(0, 1))
+def test_between_two_points_lies_between_their_values(values: list[float], point: float) -> None:
+    progress = np.linspace(0, 1, len(values)) if len(values) > 1 else np.array([0.5])
+    left = max(int(np.searchsorted(progress, point, side="right")) - 1, 0)
+    ends = values[left : left + 2]
+    slack = 1e-9 * max(abs(v) for v in ends)
+    result = interpolate(progress, np.array(values)[:, None], [point])[0, 0]
+    assert min(ends) - slack <= result <= max(ends) + slack
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
+def test_profiled_points_are_met_exactly(values: list[float]) -> None:
+    progress = np.arange(len(values)) / 7
+    assert interpolate(progress, np.array(values)[:, None], progress)[:, 0].tolist() == values
+
+
+def test_each_moment_of_each_strategy_is_interpolated() -> None:
+    table = np.arange(1.0, 7.0).reshape(3, 2)
+    moments = profile(moments=Moments(table, table + 10, table + 20, -table, table + 40)).at([0.25, 0.5])
+    assert moments.shape == (2, 2)
+    assert_allclose(moments.variance[0], np.sqrt([11 * 13, 12 * 14]))
+    assert_allclose(moments.inner[0], [-2, -3])
+    assert_allclose(moments.norm_sq_ref[1], [43, 44])
+
+
+def test_scores_are_those_of_the_interpolated_moments() -> None:
+    bias = np.array([[0.1, 0.0], [0.4, 0.0], [0.4, 0.0]])
+    base = profile()
+    ones = np.ones((3, 2))
+    score, se = profile(moments=Moments(bias, ones * 10, ones, ones, ones * 2)).scores("ca-mse", [0.25])
+    assert_allclose(score, [[(0.2 + 1 / 32 * 10) / 2, (0 + 4 / 32 * 10) / 2]])
+    assert np.isnan(se).all()
+    assert base.scores("descent", [0.1, 0.2, 0.3])[0].shape == (3, 2)
+
+
+def test_standard_errors_are_exact_on_profiled_points_and_between_them_elsewhere() -> None:
+    covariance = np.zeros((3, 2, 5, 5))
+    covariance[..., 0, 0] = covariance[..., 1, 1] = 0.01
+    covariance[2] *= 16
+    whole = profile(covariance=covariance)
+    known = criterion_se("ca-mse", whole.moments, covariance, whole.cost, beta=32.0, batch_size=8, reference_cost=4.0)
+    _, se = whole.scores("ca-mse", [0.0, 0.5, 0.75, 1.0])
+    assert_allclose(se[[0, 1, 3]], known)
+    assert_allclose(se[2], np.sqrt(known[1] * known[2]))
+
+
+def test_the_reference_is_found_by_its_position() -> None:
+    assert (profile().reference_index, profile().reference_cost) == (1, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"progress": np.array([0.0, 0.5, 0.5])}, "progress must increase"),
+        ({"progress": np.array([0.0, 0.5, 1.5])}, "progress must increase within"),
+        ({"progress": np.array([0.0, np.nan, 1.0])}, "progress must increase"),
+        ({"progress": np.array([])}, "progress has shape"),
+        ({"moments": Moments(*[np.ones((2, 2))] * 5)}, r"moments have shape \(2, 2\), not \(3, 2\)"),
+        ({"cost": np.array([1.0])}, "cost has shape .*; the grid has 2 strategies"),
+        ({"cost": np.array([0.0, 1.0])}, "cost must be positive"),
+        ({"cost": np.array([np.inf, 1.0])}, "cost must be positive"),
+        ({"covariance": np.zeros((3, 2, 4, 4))}, "covariance has shape"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"beta": np.nan}, "beta=nan"),
+    ],
+)
+def test_a_profile_that_does_not_fit_together_is_refused(changes: dict, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        profile(**changes)
+
+
+def test_an_unknown_cost_is_allowed() -> None:
+    assert np.isnan(profile(cost=np.array([np.nan, 4.0])).scores("descent", [0.5])[0]).tolist() == [[True, False]]

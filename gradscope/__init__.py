@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradscope.cube import merge_cubes, open_cube, profile_of, save_cube
+    from gradscope.cube import open_cube, profile_of, save_cube
+    from gradscope.merge import merge_cubes
     from gradscope.profiler import ProfileOptions, profile
     from gradscope.task import Checkpoint, Task
     from schedulers import Constraints, Grid, Schedule, Strategy, load_schedule, optimize
@@ -23,7 +24,7 @@ _HOMES = {
     "Strategy": "schedulers",
     "Task": "gradscope.task",
     "load_schedule": "schedulers",
-    "merge_cubes": "gradscope.cube",
+    "merge_cubes": "gradscope.merge",
     "open_cube": "gradscope.cube",
     "optimize": "schedulers",
     "profile": "gradscope.profiler",

@@ -51,7 +51,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint, it is damaged or not one ({reason}); remove it and run the same command again"
+            f"{path}: cannot be read as a checkpoint, it is damaged or not one ({reason}); remove it and "
+            "run the same command again"
         ) from error
     if not isinstance(content, dict) or any(name not in content for name in REQUIRED):
         raise CheckpointError(f"{path}: not a checkpoint of `gradscope train`; profile it with --task module:Class")
@@ -63,7 +64,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The `step-*.pt` files of a run by step, with the progress they record. Raises CheckpointError when there are none."""
+    """The `step-*.pt` files of a run by step, with the progress they record.
+
+    Raises CheckpointError when there are none.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder that `gradscope train --out` wrote")
     found = []

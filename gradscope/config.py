@@ -68,7 +68,9 @@ class TrainConfig:
         for name in ("checkpoints", "evaluations"):
             if any(not 0 <= point <= 1 for point in getattr(self, name)):
                 raise UsageError(f"{name}: {getattr(self, name)} must be fractions of the budget in [0, 1]")
-        self.learning_rate_decay  # raises on an unknown kind
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"warmup {self.warmup!r} must be a fraction of the budget in [0, 1)")
+        Decay(kind=self.decay, alpha=self.decay_alpha)
 
     @property
     def learning_rate_decay(self) -> Decay:
@@ -79,13 +81,16 @@ class TrainConfig:
         return Strategy(patch=self.patch, dropout=0)
 
     def grid(self, image_size: int) -> Grid:
-        """The grid of strategies. Raises UsageError for a patch that does not divide the image or a dropout that keeps nothing."""
+        """The grid of strategies.
+
+        Raises UsageError for a patch that does not divide the image or a dropout that keeps nothing.
+        """
         patches = tuple(sorted({self.patch, *self.patches}))
         dropouts = tuple(sorted({0.0, *self.dropouts}))
         for patch in patches:
             for dropout in dropouts:
                 kept_tokens(patch_tokens(image_size, patch), dropout)
-        return Grid({"patch": patches, "dropout": dropouts}, self.reference, {"patch": "pixel", "dropout": "1"})
+        return Grid({"patch": patches, "dropout": dropouts}, self.reference, {"patch": "pixel"})
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -97,7 +102,8 @@ class TrainConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UsageError(f"{source}: unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
     def changed(self, other: TrainConfig) -> list[str]:
         """Names of the settings in which two configurations differ."""
@@ -152,7 +158,10 @@ class Setting:
 
 
 def open_setting(config: TrainConfig, data_folder: Path | None = None) -> Setting:
-    """Load the data that `config` names. Raises DataError when it is not found, UsageError when the batch is larger than it."""
+    """Load the data that `config` names.
+
+    Raises DataError when it is not found, UsageError when the batch is larger than it.
+    """
     data = load_data(config.data, data_folder)
     if config.batch_size > len(data.train_images):
         raise UsageError(

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -22,11 +22,11 @@ import xarray as xr
 from gradscope.errors import CubeError
 from gradscope.estimators import ESTIMATES, Estimates
 from gradscope.files import write_atomically
-from schedulers import CRITERIA, MOMENTS, Grid, Moments, Strategy, criterion_se
+from schedulers import CRITERIA, MOMENTS, Grid, Moments, Strategy, criterion_se, readable
 from schedulers.profile import Profile
 
 SCHEMA_VERSION = 1
-ENGINE = "h5netcdf"
+ENGINE: Literal["h5netcdf"] = "h5netcdf"
 PENDING, DONE, FAILED = 0, 1, 2
 COST_MODELS = ("tokens", "paper", "measured")
 QUANTITIES = {
@@ -69,37 +69,77 @@ def new_cube(
     cube = xr.Dataset(
         coords={
             "progress": ("progress", np.asarray(progress, float), {"long_name": "training progress", "units": "1"}),
-            **{name: (name, np.array(values), {"long_name": name, "units": grid.units.get(name, "1")}) for name, values in grid.axes.items()},
+            **{
+                name: (name, np.array(values), {"long_name": name, "units": grid.units.get(name, "1")})
+                for name, values in grid.axes.items()
+            },
             "metric": ("metric", np.array(metrics, object)),
             "moment": ("moment", np.array(MOMENTS, object)),
             "moment_2": ("moment_2", np.array(MOMENTS, object)),
             "cost_model": ("cost_model", np.array(COST_MODELS, object)),
             "step": ("progress", np.asarray(steps, np.int64), {"long_name": "optimizer step", "units": "1"}),
             "checkpoint": ("progress", np.array(names, object), {"long_name": "checkpoint file"}),
-            "checkpoint_sha256": ("progress", np.array([""] * len(progress), object), {"long_name": "digest of the checkpoint file"}),
+            "checkpoint_sha256": (
+                "progress",
+                np.array([""] * len(progress), object),
+                {"long_name": "digest of the checkpoint file"},
+            ),
         },
         attrs={"schema_version": SCHEMA_VERSION, "reference": str(grid.reference), **attributes},
     )
-    for name, title in (*QUANTITIES.items(), ("norm_sq_ref", "squared norm of the expected reference gradient, unbiased estimate")):
+    for name, title in (
+        *QUANTITIES.items(),
+        ("norm_sq_ref", "squared norm of the expected reference gradient, unbiased estimate"),
+    ):
         _add_estimate(cube, name, title, (*cell, "metric"), (*shape, len(metrics)))
     for criterion in CRITERIA.values():
         direction = "lower is better" if criterion.lower_is_better else "higher is better"
-        _add_estimate(cube, variable_name(criterion.name), f"{criterion.title}; {direction}", (*cell, "metric"), (*shape, len(metrics)))
+        _add_estimate(
+            cube,
+            variable_name(criterion.name),
+            f"{criterion.title}; {direction}",
+            (*cell, "metric"),
+            (*shape, len(metrics)),
+        )
     moment_shape = (*shape, len(metrics), len(MOMENTS), len(MOMENTS))
-    cube["moment_cov"] = ((*cell, "metric", "moment", "moment_2"), np.full(moment_shape, np.nan), {"long_name": "jackknife covariance of the moments"})
-    cube["status"] = (cell, np.zeros(shape, np.int8), {"long_name": "state of the cell", "flag_values": np.array([0, 1, 2], np.int8), "flag_meanings": "pending done failed"})
-    cube["n_samples"] = (cell, np.zeros(shape, np.int64), {"long_name": "samples measured", "standard_name": "number_of_observations", "units": "1"})
+    cube["moment_cov"] = (
+        (*cell, "metric", "moment", "moment_2"),
+        np.full(moment_shape, np.nan),
+        {"long_name": "jackknife covariance of the moments"},
+    )
+    cube["status"] = (
+        cell,
+        np.zeros(shape, np.int8),
+        {
+            "long_name": "state of the cell",
+            "flag_values": np.array([0, 1, 2], np.int8),
+            "flag_meanings": "pending done failed",
+        },
+    )
+    cube["n_samples"] = (
+        cell,
+        np.zeros(shape, np.int64),
+        {"long_name": "samples measured", "standard_name": "number_of_observations", "units": "1"},
+    )
     cube["cell_key"] = (cell, np.full(shape, "", object), {"long_name": "digest of what fixes the cell's number"})
     cost = np.full((len(COST_MODELS), *grid.shape), np.nan)
     for i, model in enumerate(COST_MODELS):
         for strategy, value in costs.get(model, {}).items():
             cost[(i, *grid.position(strategy))] = value
-    cube["cost"] = (("cost_model", *axes), cost, {"long_name": "cost per sample", "units": "1", "comment": "1 = one forward pass of one reference sequence"})
+    cube["cost"] = (
+        ("cost_model", *axes),
+        cost,
+        {"long_name": "cost per sample", "units": "1", "comment": "1 = one forward pass of one reference sequence"},
+    )
     for name, lengths in tokens.items():
         values = np.zeros(grid.shape, np.int64)
         for strategy, length in lengths.items():
             values[grid.position(strategy)] = length
-        cube[f"tokens_{name}"] = (tuple(axes), values, {"long_name": f"{name} sequence length, class token included", "units": "1"})
+        cube[f"tokens_{name}"] = (
+            tuple(axes),
+            values,
+            {"long_name": f"{name} sequence length, class token included", "units": "1"},
+        )
     return cube
 
 
@@ -107,15 +147,22 @@ def new_groups(cube: xr.Dataset, group_names: Sequence[str]) -> xr.Dataset:
     """An empty `/param_groups` dataset that fits `cube`."""
     axes = list(grid_of(cube).axes)
     coords = {name: cube.coords[name] for name in ("progress", *axes, "metric")}
-    groups = xr.Dataset(coords={**coords, "param_group": ("param_group", np.array(group_names, object), {"long_name": "parameter group"})})
+    groups = xr.Dataset(
+        coords={
+            **coords,
+            "param_group": ("param_group", np.array(group_names, object), {"long_name": "parameter group"}),
+        }
+    )
     dims = ("progress", *axes, "metric", "param_group")
     for name, title in QUANTITIES.items():
         _add_estimate(groups, name, title, dims, tuple(groups.sizes[dim] for dim in dims))
     return groups
 
 
-def put_cell(cube: xr.Dataset, groups: xr.Dataset, index: tuple[int, ...], found: Estimates, *, batch_size: int, key: str) -> None:
-    """Write one finished cell at `index` = (progress, *axes) positions; criteria are computed here, at the cube's beta."""
+def put_cell(
+    cube: xr.Dataset, groups: xr.Dataset, index: tuple[int, ...], found: Estimates, *, batch_size: int, key: str
+) -> None:
+    """Write one finished cell at `index` = positions (progress, *axes), its criteria at the cube's beta included."""
     values, errors = found.total_WE, found.total_se_WE
     for name in (*QUANTITIES, "norm_sq_ref"):
         cube[name].values[index] = values[:, ESTIMATES.index(name)]
@@ -126,48 +173,35 @@ def put_cell(cube: xr.Dataset, groups: xr.Dataset, index: tuple[int, ...], found
     order = [ESTIMATES.index(name) for name in MOMENTS]
     covariance = found.covariance_WEE[:, order][:, :, order]
     cube["moment_cov"].values[index] = covariance
-    moments = Moments(**{name: values[:, ESTIMATES.index(name)] for name in MOMENTS})
+    moments = readable(Moments(**{name: values[:, ESTIMATES.index(name)] for name in MOMENTS}), covariance)
     costs = cube["cost"].sel(cost_model="tokens").values
     cost = costs[index[1:]]
     reference_cost = float(costs[grid_of(cube).position(grid_of(cube).reference)])
-    settings = {"beta": float(cube.attrs["beta"]), "batch_size": int(cube.attrs["batch_size"]), "reference_cost": reference_cost}
+    settings: dict[str, Any] = {
+        "beta": float(cube.attrs["beta"]),
+        "batch_size": int(cube.attrs["batch_size"]),
+        "reference_cost": reference_cost,
+    }
     for criterion in CRITERIA.values():
         cube[variable_name(criterion.name)].values[index] = criterion.score(moments, cost, **settings)
-        cube[f"{variable_name(criterion.name)}_se"].values[index] = criterion_se(criterion, moments, covariance, cost, **settings)
+        cube[f"{variable_name(criterion.name)}_se"].values[index] = criterion_se(
+            criterion, moments, covariance, cost, **settings
+        )
     cube["status"].values[index] = DONE
     cube["n_samples"].values[index] = found.count * batch_size
     cube["cell_key"].values[index] = key
 
 
-def copy_cells(source: xr.DataTree, cube: xr.Dataset, groups: xr.Dataset | None) -> int:
-    """Copy every cell of `source` that is not pending to the same labels of `cube`; returns how many.
-
-    Raises CubeError when `source` holds a cell for which `cube` has no place.
-    """
-    old, grid, old_grid = source.dataset, grid_of(cube), grid_of(source.dataset)
-    child = source["param_groups"].dataset if "param_groups" in source.children else None
-    copied = 0
-    for t, progress in enumerate(old["progress"].values):
-        match = np.flatnonzero(np.abs(cube["progress"].values - progress) < 1e-9)
-        for strategy in old_grid.strategies():
-            at = (t, *old_grid.position(strategy))
-            if old["status"].values[at] == PENDING:
-                continue
-            if not match.size or any(strategy[axis] not in grid.axes.get(axis, ()) for axis in strategy):
-                raise CubeError(f"the cell progress={progress:g}, {strategy} has no place in the new grid")
-            to = (int(match[0]), *grid.position(strategy))
-            _copy(old, cube, at, to, len(at))
-            cube["checkpoint_sha256"].values[to[0]] = old["checkpoint_sha256"].values[t]
-            if groups is not None and child is not None:
-                _copy(child, groups, at, to, len(at))
-            copied += 1
-    return copied
-
-
 def save_cube(cube: xr.Dataset, groups: xr.Dataset | None, path: Path) -> None:
     """Write the cube's file atomically; `digest_of` of the result identifies its numbers."""
-    tree = xr.DataTree.from_dict({"/": cube.drop_encoding(), **({"/param_groups": groups.drop_encoding()} if groups is not None else {})})
-    write_atomically(path, lambda temporary: tree.to_netcdf(temporary, engine=ENGINE, write_inherited_coords=True))
+    tree = xr.DataTree.from_dict(
+        {"/": cube.drop_encoding(), **({"/param_groups": groups.drop_encoding()} if groups is not None else {})}
+    )
+
+    def write(temporary: Path) -> None:
+        tree.to_netcdf(temporary, engine=ENGINE, write_inherited_coords=True)
+
+    write_atomically(path, write)
 
 
 def open_cube(path: Path) -> xr.DataTree:
@@ -179,25 +213,55 @@ def open_cube(path: Path) -> xr.DataTree:
             loaded = tree.load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise CubeError(f"{path}: cannot be read as a cube, it is damaged or not one ({reason}); remove it and profile again") from error
+        raise CubeError(
+            f"{path}: cannot be read as a cube, it is damaged or not one ({reason}); remove it and profile again"
+        ) from error
     version = loaded.attrs.get("schema_version")
     missing = [name for name in (*QUANTITIES, "status", "cost", "n_samples") if name not in loaded.dataset]
     if version is None or missing or "reference" not in loaded.attrs:
-        raise CubeError(f"{path}: a NetCDF file, but no cube of gradscope (it lacks {', '.join(missing) or 'schema_version'})")
+        raise CubeError(
+            f"{path}: a NetCDF file, but no cube of gradscope (it lacks {', '.join(missing) or 'schema_version'})"
+        )
     if int(version) > SCHEMA_VERSION:
-        raise CubeError(f"{path}: schema version {version} is newer than {SCHEMA_VERSION}, the newest this version reads; upgrade gradscope")
+        raise CubeError(
+            f"{path}: schema version {version} is newer than {SCHEMA_VERSION}, the newest this version "
+            "reads; upgrade gradscope"
+        )
     return loaded
+
+
+def groups_of(tree: xr.DataTree) -> xr.Dataset | None:
+    """The `/param_groups` dataset of a cube without the coordinates that it only inherits, or None."""
+    if "param_groups" not in tree.children:
+        return None
+    groups = tree["param_groups"].to_dataset()
+    return groups.drop_vars(
+        [
+            name
+            for name in groups.coords
+            if name not in (*groups["variance"].dims, "step", "checkpoint", "checkpoint_sha256")
+        ]
+    )
 
 
 def grid_of(cube: xr.Dataset) -> Grid:
     """The grid a cube was measured on."""
     axes = [str(dim) for dim in cube["status"].dims if dim != "progress"]
-    values = {axis: tuple(value.item() if hasattr(value, "item") else value for value in cube[axis].values) for axis in axes}
-    return Grid(values, Strategy.parse(cube.attrs["reference"]), {axis: cube[axis].attrs.get("units", "1") for axis in axes})
+    values = {
+        axis: tuple(value.item() if hasattr(value, "item") else value for value in cube[axis].values) for axis in axes
+    }
+    return Grid(
+        values,
+        Strategy.parse(cube.attrs["reference"]),
+        {axis: unit for axis in axes if (unit := cube[axis].attrs.get("units", "1")) != "1"},
+    )
 
 
 def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str = "tokens") -> Profile:
-    """The optimizer's view of a cube in one metric and cost model. Raises CubeError when it has no such metric or costs."""
+    """The optimizer's view of a cube in one metric and cost model.
+
+    Raises CubeError when it has no such metric or costs.
+    """
     metrics = [str(name) for name in cube["metric"].values]
     if metric not in metrics:
         raise CubeError(f"the cube has no metric {metric!r}; it has {', '.join(metrics)}")
@@ -233,73 +297,12 @@ def digest_of(cube: xr.Dataset) -> str:
     for name in sorted(str(name) for name in (*cube.data_vars, *cube.coords)):
         values = cube[name].values
         state.update(f"{name}{cube[name].dims}".encode())
-        state.update("\x1f".join(map(str, values.ravel())).encode() if values.dtype.kind in "OU" else np.ascontiguousarray(values).tobytes())
+        state.update(
+            "\x1f".join(map(str, values.ravel())).encode()
+            if values.dtype.kind in "OU"
+            else np.ascontiguousarray(values).tobytes()
+        )
     return state.hexdigest()[:16]
-
-
-def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | None]:
-    """Join cubes of one task measured in parts (other checkpoints, other strategies) into one.
-
-    Raises CubeError when their tasks, seeds, K, metrics or references differ, or when two hold
-    different numbers for one cell.
-    """
-    first = trees[0].dataset
-    for tree in trees[1:]:
-        for name in ("task_digest", "seed", "batch_size", "reference", "beta"):
-            if tree.attrs.get(name) != first.attrs.get(name):
-                raise CubeError(f"the cubes differ in {name} ({first.attrs.get(name)} and {tree.attrs.get(name)}); only cubes of one profile can be merged")
-        if list(tree["metric"].values) != list(first["metric"].values):
-            raise CubeError("the cubes were measured in different metrics; only cubes of one profile can be merged")
-    grids = [grid_of(tree.dataset) for tree in trees]
-    axes = {axis: tuple(dict.fromkeys(value for grid in grids for value in grid.axes[axis])) for axis in grids[0].axes}
-    axes = {axis: tuple(sorted(values)) if all(not isinstance(v, str) for v in values) else values for axis, values in axes.items()}
-    grid = Grid(axes, grids[0].reference, grids[0].units)
-    points = {round(float(p), 12): (float(p), int(s), str(c)) for tree in trees for p, s, c in zip(tree["progress"].values, tree["step"].values, tree["checkpoint"].values, strict=True)}
-    rows = [points[key] for key in sorted(points)]
-    costs: dict[str, dict[Strategy, float]] = {model: {} for model in COST_MODELS}
-    tokens: dict[str, dict[Strategy, int]] = {}
-    for tree, part in zip(trees, grids, strict=True):
-        for strategy in part.strategies():
-            at = part.position(strategy)
-            for i, model in enumerate(COST_MODELS):
-                if np.isfinite(tree["cost"].values[(i, *at)]):
-                    costs[model][strategy] = float(tree["cost"].values[(i, *at)])
-            for name in tree.dataset.data_vars:
-                if str(name).startswith("tokens_"):
-                    tokens.setdefault(str(name).removeprefix("tokens_"), {})[strategy] = int(tree[name].values[at])
-    merged = new_cube(
-        grid,
-        progress=[row[0] for row in rows],
-        steps=[row[1] for row in rows],
-        names=[row[2] for row in rows],
-        metrics=[str(name) for name in first["metric"].values],
-        costs=costs,
-        tokens=tokens,
-        attributes={k: v for k, v in first.attrs.items() if k not in ("schema_version", "reference")},
-    )
-    child = next((tree["param_groups"].dataset for tree in trees if "param_groups" in tree.children), None)
-    groups = None if child is None else new_groups(merged, [str(name) for name in child["param_group"].values])
-    for tree in trees:
-        _check_agreement(tree.dataset, merged)
-        copy_cells(tree, merged, groups)
-    return merged, groups
-
-
-def _check_agreement(old: xr.Dataset, merged: xr.Dataset) -> None:
-    old_grid, grid = grid_of(old), grid_of(merged)
-    for t, progress in enumerate(old["progress"].values):
-        to_t = int(np.argmin(np.abs(merged["progress"].values - progress)))
-        for strategy in old_grid.strategies():
-            at, to = (t, *old_grid.position(strategy)), (to_t, *grid.position(strategy))
-            both = old["status"].values[at] == DONE and merged["status"].values[to] == DONE
-            if both and old["cell_key"].values[at] != merged["cell_key"].values[to]:
-                raise CubeError(f"two cubes hold different measurements of progress={progress:g}, {strategy}; leave one of them out")
-
-
-def _copy(source: xr.Dataset, target: xr.Dataset, at: tuple[int, ...], to: tuple[int, ...], depth: int) -> None:
-    for name, variable in target.data_vars.items():
-        if name in source and variable.dims[0] == "progress" and variable.ndim >= depth:
-            variable.values[to] = source[name].transpose(*variable.dims).values[at]
 
 
 def _add_estimate(cube: xr.Dataset, name: str, title: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> None:

@@ -21,6 +21,7 @@ from gradscope.trainer import TrainResult, read_log, train
 from schedulers import constant_schedule, format_count, mixed_schedule, optimize, save_schedule, token_cost
 
 BUDGET = 120e3
+SAMPLES = 1024
 PILOT, PLAIN, OPTIMIZED = "ckpt_dir", "none", "optimized"
 
 
@@ -44,16 +45,23 @@ class DemoResult:
     report: Path
 
     def facts(self) -> dict[str, Any]:
-        return {"rows": [asdict(row) for row in self.rows], "profile_units": self.profile_units, "report": str(self.report)}
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "profile_units": self.profile_units,
+            "report": str(self.report),
+        }
 
     def lines(self) -> list[str]:
         lines = [f"{'run':<20}{'budget':>10}{'samples':>11}{'seconds':>9}{'kNN accuracy':>14}"]
         for row in self.rows:
-            lines.append(f"{row.run:<20}{format_count(row.budget):>10}{row.samples:>11,}{row.seconds:>9.0f}{row.knn_accuracy:>14.1%}")
+            lines.append(
+                f"{row.run:<20}{format_count(row.budget):>10}{row.samples:>11,}{row.seconds:>9.0f}{row.knn_accuracy:>14.1%}"
+            )
         folder = self.report.parent
         return [
             *lines,
-            f"the profile cost {format_count(self.profile_units)} units; one seed is an anecdote: the README has several",
+            f"the profile cost {format_count(self.profile_units)} units; one seed is an anecdote: the "
+            "README has several",
             f"report: {self.report}",
             f"try: cd {folder} && gradscope profile {PILOT} && gradscope optimize --budget 2M && gradscope plot",
         ]
@@ -64,7 +72,9 @@ def demo_config(budget: float, data: str, seed: int) -> TrainConfig:
     return TrainConfig(budget=budget, data=data, seed=seed, evaluations=(0.5, 1.0))
 
 
-def run_demo(out: Path, *, budget: float = BUDGET, data: str, data_folder: Path | None = None, seed: int = 0, quiet: bool = False) -> DemoResult:
+def run_demo(
+    out: Path, *, budget: float = BUDGET, data: str, data_folder: Path | None = None, seed: int = 0, quiet: bool = False
+) -> DemoResult:
     """Run or continue the demo in `out`. Raises what its parts raise; finished parts stay."""
     config = demo_config(budget, data, seed)
     setting = open_setting(config, data_folder)
@@ -79,7 +89,13 @@ def run_demo(out: Path, *, budget: float = BUDGET, data: str, data_folder: Path 
 
     pilot = trained(PILOT, "1/4 pilot", mixed_schedule(strategies, [cost(s) for s in strategies]))
     with Progress("2/4 profile", quiet=quiet) as progress:
-        tree, summary = profile(PretrainTask(setting), out / PILOT, out / "cube.nc", options=ProfileOptions(seed=seed), report=progress.update)
+        tree, _ = profile(
+            PretrainTask(setting),
+            out / PILOT,
+            out / "cube.nc",
+            options=ProfileOptions(samples=SAMPLES, seed=seed),
+            report=progress.update,
+        )
     schedule = optimize(profile_of(tree.dataset), budget)
     save_schedule(schedule, out / "schedule.json")
     optimized = trained(OPTIMIZED, "3/4 optimized", schedule)
@@ -95,7 +111,13 @@ def run_demo(out: Path, *, budget: float = BUDGET, data: str, data_folder: Path 
         schedule=schedule,
         runs={name: read_log(r.out) for name, r in results.items()},
         table=[
-            {"run": row.run, "budget": format_count(row.budget), "samples": f"{row.samples:,}", "seconds": f"{row.seconds:.0f}", "kNN accuracy": f"{row.knn_accuracy:.1%}"}
+            {
+                "run": row.run,
+                "budget": format_count(row.budget),
+                "samples": f"{row.samples:,}",
+                "seconds": f"{row.seconds:.0f}",
+                "kNN accuracy": f"{row.knn_accuracy:.1%}",
+            }
             for row in rows
         ],
         title="gradscope demo: MoCo-v3 on Fashion-MNIST",

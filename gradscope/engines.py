@@ -104,7 +104,8 @@ class SubBatchEngine:
             if gradient is None:
                 if strategy == self.task.grid.reference:
                     raise TaskError(
-                        f"parameter {name!r} receives no gradient from the loss; declare it in the task's `frozen` if that is meant"
+                        f"parameter {name!r} receives no gradient from the loss; declare it in the task's "
+                        "`frozen` if that is meant"
                     )
                 gradient = torch.zeros_like(parameter)
             parts.append(gradient.reshape(-1).float())

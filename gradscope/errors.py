@@ -25,7 +25,7 @@ class NonFiniteError(GradscopeError):
     """A loss or gradient that is NaN or infinite."""
 
 
-class Interrupted(GradscopeError):  # noqa: N818 - not a failure: the work can be continued
+class Interrupted(GradscopeError):
     """A signal asked the run to stop; everything finished is saved. Exit code 130 (SIGINT) or 143 (SIGTERM)."""
 
     def __init__(self, message: str, exit_code: int) -> None:

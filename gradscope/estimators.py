@@ -28,7 +28,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[np.float64]
 
 ESTIMATES = ("bias_sq", "bias_sq_plugin", "variance", "norm_sq", "inner", "norm_sq_ref")
 SKETCH_SIZE = 1021  # prime, so that no layer's width makes whole columns share a bucket
@@ -47,7 +50,7 @@ class GroupLayout:
 
     def split(self, flat_P: Tensor) -> tuple[Tensor, ...]:
         """The groups' parts of a flat vector (views)."""
-        return flat_P.split(self.sizes)
+        return torch.split(flat_P, list(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -127,14 +130,14 @@ class Estimates:
     """
 
     count: int
-    total_WE: np.ndarray
-    covariance_WEE: np.ndarray
-    groups_WGE: np.ndarray
-    groups_se_WGE: np.ndarray
+    total_WE: Array
+    covariance_WEE: Array
+    groups_WGE: Array
+    groups_se_WGE: Array
 
     @property
-    def total_se_WE(self) -> np.ndarray:
-        return np.sqrt(np.diagonal(self.covariance_WEE, axis1=1, axis2=2))
+    def total_se_WE(self) -> Array:
+        return np.asarray(np.sqrt(np.diagonal(self.covariance_WEE, axis1=1, axis2=2)))
 
 
 def estimate(stream: GradientStream, reference: GradientStream, paired: PairedSums, *, batch_size: int) -> Estimates:
@@ -172,7 +175,7 @@ def estimate(stream: GradientStream, reference: GradientStream, paired: PairedSu
     )
 
 
-def inner_products(a_P: Tensor, b_P: Tensor, layout: GroupLayout, metrics: Metrics) -> np.ndarray:
+def inner_products(a_P: Tensor, b_P: Tensor, layout: GroupLayout, metrics: Metrics) -> Array:
     """<a, b>_W of every metric and parameter group: (W, G) float64."""
     product_P = a_P * b_P
     return np.array(
@@ -187,15 +190,15 @@ def _estimates(
     count: int,
     batch_size: int,
     *,
-    sum_gg: np.ndarray,
-    sum_dd: np.ndarray,
-    sum_gz: np.ndarray,
-    sum_zz: np.ndarray,
-    gg: np.ndarray,
-    dd: np.ndarray,
-    gz: np.ndarray,
-    zz: np.ndarray,
-) -> np.ndarray:
+    sum_gg: Array,
+    sum_dd: Array,
+    sum_gz: Array,
+    sum_zz: Array,
+    gg: Array,
+    dd: Array,
+    gz: Array,
+    zz: Array,
+) -> Array:
     """The estimates from <sum a, sum b> and sum <a_m, b_m>, arrays of one shape (...): (..., E)."""
     pairs = count * (count - 1)
     return np.stack(
@@ -211,7 +214,7 @@ def _estimates(
     )
 
 
-def _delete_one(stream: GradientStream, reference: GradientStream, batch_size: int) -> np.ndarray:
+def _delete_one(stream: GradientStream, reference: GradientStream, batch_size: int) -> Array:
     """The estimates with replicate m left out, in sketch space: (M, W, G, E)."""
     g = torch.stack(stream.sketches).double().numpy()  # (M, W, G, S)
     z = g if stream is reference else torch.stack(reference.sketches).double().numpy()
@@ -220,7 +223,7 @@ def _delete_one(stream: GradientStream, reference: GradientStream, batch_size: i
     if count < 3:
         return np.full((count, *g.shape[1:3], len(ESTIMATES)), np.nan)
 
-    def left_out(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def left_out(a: Array, b: Array) -> tuple[Array, Array]:
         each = (a * b).sum(-1)
         sum_a, sum_b = a.sum(0), b.sum(0)
         of_sums = ((sum_a - a) * (sum_b - b)).sum(-1)
@@ -233,17 +236,17 @@ def _delete_one(stream: GradientStream, reference: GradientStream, batch_size: i
     )
 
 
-def _jackknife_covariance(deleted_MWE: np.ndarray) -> np.ndarray:
+def _jackknife_covariance(deleted_MWE: Array) -> Array:
     """Delete-one jackknife covariance (M-1)/M sum (t_m - mean t)(t_m - mean t)': (W, E, E)."""
     count = len(deleted_MWE)
     centred = deleted_MWE - deleted_MWE.mean(0)
-    return (count - 1) / count * np.einsum("mwe,mwf->wef", centred, centred)
+    return np.asarray((count - 1) / count * np.einsum("mwe,mwf->wef", centred, centred))
 
 
-def _jackknife_variance(deleted: np.ndarray) -> np.ndarray:
+def _jackknife_variance(deleted: Array) -> Array:
     """The diagonal of the above for any trailing shape: (M, ...) -> (...)."""
     count = len(deleted)
-    return (count - 1) / count * ((deleted - deleted.mean(0)) ** 2).sum(0)
+    return np.asarray((count - 1) / count * ((deleted - deleted.mean(0)) ** 2).sum(0))
 
 
 def optimizer_weights(second_moment_P: Tensor, epsilon: float = 1e-8) -> Tensor:

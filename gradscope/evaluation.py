@@ -26,7 +26,7 @@ def extract_features(
     training = backbone.training
     backbone.eval()
     try:
-        return torch.cat([backbone(normalise(part, data, backbone)) for part in images_NCSS.split(batch_size)])
+        return torch.cat([backbone(normalise(part, data, backbone)) for part in torch.split(images_NCSS, batch_size)])
     finally:
         backbone.train(training)
 
@@ -59,7 +59,7 @@ def knn_accuracy(
     train_labels_N, test_labels_M = train_labels_N.to(train_ND.device), test_labels_M.to(train_ND.device)
     classes = int(train_labels_N.max()) + 1
     correct = 0
-    for part_MD, labels_M in zip(test_MD.split(1000), test_labels_M.split(1000), strict=True):
+    for part_MD, labels_M in zip(torch.split(test_MD, 1000), torch.split(test_labels_M, 1000), strict=True):
         similarity_MK, neighbour_MK = (part_MD @ train_ND.T).topk(k, dim=1)
         votes_MC = torch.zeros(len(part_MD), classes, device=part_MD.device)
         votes_MC.scatter_add_(1, train_labels_N[neighbour_MK], (similarity_MK / temperature).exp())
@@ -97,7 +97,7 @@ def linear_accuracy(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(objective)
+    optimizer.step(objective)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return float((F.linear(test_MD, weight_CD, bias_C).argmax(1) == test_labels_M).float().mean())
 
@@ -130,7 +130,7 @@ def finetune_accuracy(
         optimizer, max_lr=lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     order_N = torch.cat([torch.randperm(len(data.train_images), generator=generator) for _ in range(epochs)])
-    for indices_B in order_N.split(batch_size)[:steps]:
+    for indices_B in torch.split(order_N, batch_size)[:steps]:
         images_BCSS = normalise(data.train_images[indices_B], data, model)
         flip_B = torch.rand(len(indices_B), generator=generator).to(device) < 0.5
         images_BCSS = torch.where(flip_B[:, None, None, None], images_BCSS.flip(-1), images_BCSS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from gradscope.cube import DONE, FAILED, copy_cells, new_cube, new_groups, open_cube, put_cell, save_cube
+from gradscope.cube import DONE, FAILED, groups_of, new_cube, new_groups, open_cube, put_cell, save_cube
 from gradscope.engines import FlatParameters, SubBatchEngine, derive_seed
 from gradscope.errors import CubeError, NonFiniteError, TaskError, UsageError
 from gradscope.estimators import (
@@ -32,6 +33,7 @@ from gradscope.estimators import (
     second_moment_from,
 )
 from gradscope.files import file_digest
+from gradscope.merge import copy_cells
 from gradscope.signals import StopFlag
 from gradscope.task import Checkpoint, Task, task_digest
 from gradscope.untouched import untouched
@@ -40,6 +42,7 @@ from schedulers.schedule import library_version
 
 METRICS = ("euclidean", "optimizer")
 SECOND_MOMENT_REPLICATES = 4
+SAVE_SECONDS = 5.0
 Report = Callable[[float, str], None]  # (fraction of the cells' work done, one line of news)
 
 
@@ -101,7 +104,14 @@ class _Profile:
     """One profile in memory: which cells are wanted, which are there, and where they go."""
 
     def __init__(
-        self, task: Task, folder: Path, checkpoints: Sequence[Checkpoint], out: Path, options: ProfileOptions, overwrite: bool, report: Report
+        self,
+        task: Task,
+        folder: Path,
+        checkpoints: Sequence[Checkpoint],
+        out: Path,
+        options: ProfileOptions,
+        overwrite: bool,
+        report: Report,
     ) -> None:
         self.task, self.checkpoints, self.out, self.options, self.report = task, checkpoints, out, options, report
         self.batch_size = options.batch_size or task.batch_size
@@ -119,29 +129,34 @@ class _Profile:
             self._take_over(open_cube(out))
 
     def run(self) -> tuple[xr.DataTree, ProfileSummary]:
+        """Measure what is wanted and not there; written at most every SAVE_SECONDS and however the loop ends."""
         wanted = [(t, strategies) for t in range(len(self.checkpoints)) if (strategies := self._pending(t))]
         total = sum(self.task.cost(s) for _, strategies in wanted for s in strategies) or 1.0
-        finished = 0.0
         self.summary.reused = int((self.cube["status"] == DONE).sum())
-        with StopFlag() as stop:
-            for t, strategies in wanted:
-                model = self.task.load(self.checkpoints[t].path)
-                size = self.options.group_size
-                for group in (strategies[i : i + size] for i in range(0, len(strategies), size)):
-                    work = sum(self.task.cost(s) for s in group)
+        finished, saved, size = 0.0, time.monotonic(), self.options.group_size
+        try:
+            with StopFlag() as stop:
+                for t, strategies in wanted:
+                    model = self.task.load(self.checkpoints[t].path)
+                    for group in (strategies[i : i + size] for i in range(0, len(strategies), size)):
+                        work = sum(self.task.cost(s) for s in group)
 
-                    def news(m: int, done: float = finished, work: float = work, t: int = t) -> None:
-                        stop.raise_if_set("stopped; finished cells are saved, run the same command to continue")
-                        text = f"progress {self.checkpoints[t].progress:.2f}  sub-batch {m}/{self.replicates}"
-                        self.report((done + work * m / self.replicates) / total, text)
+                        def news(m: int, done: float = finished, work: float = work, t: int = t) -> None:
+                            stop.raise_if_set("stopped; finished cells are saved, run the same command to continue")
+                            text = f"progress {self.checkpoints[t].progress:.2f}  sub-batch {m}/{self.replicates}"
+                            self.report((done + work * m / self.replicates) / total, text)
 
-                    self._measure(t, model, group, news)
-                    finished += work
-                    self._save()
-        if not wanted:
-            self._save()
-        groups = {} if self.groups is None else {"/param_groups": self.groups}
-        return xr.DataTree.from_dict({"/": self.cube, **groups}), self.summary
+                        self._measure(t, model, group, news)
+                        finished += work
+                        if time.monotonic() - saved > SAVE_SECONDS:
+                            self._save()
+                            saved = time.monotonic()
+        finally:
+            if self.summary.measured or self.summary.failures or not wanted:
+                self._save()
+        return xr.DataTree.from_dict(
+            {"/": self.cube, **({} if self.groups is None else {"/param_groups": self.groups})}
+        ), self.summary
 
     def _measure(self, t: int, model: nn.Module, strategies: Sequence[Strategy], news: Callable[[int], None]) -> None:
         checkpoint, grid = self.checkpoints[t], self.task.grid
@@ -149,7 +164,7 @@ class _Profile:
             found, failures, names = self._moments(checkpoint, model, strategies, news)
         if self.groups is None:
             self.groups = new_groups(self.cube, names)
-        elif list(self.groups["param_group"].values) != list(names):
+        elif [str(name) for name in self.groups["param_group"].values] != list(names):
             raise TaskError(f"{checkpoint.path.name}: its parameter groups differ from those of the other checkpoints")
         self.cube["checkpoint_sha256"].values[t] = self.digests[t]
         for strategy in strategies:
@@ -179,9 +194,14 @@ class _Profile:
         names = parameters.layout.names
         try:
             metrics = self._metrics(checkpoint, model, parameters, gradient)
-            sketch = Sketch(parameters.layout, seed=derive_seed("sketch", self.options.seed), device=parameters.tensors[0].device)
+            sketch = Sketch(
+                parameters.layout, seed=derive_seed("sketch", self.options.seed), device=parameters.tensors[0].device
+            )
             z_stream = GradientStream(parameters.layout, metrics, sketch)
-            streams = {s: z_stream if s == reference else GradientStream(parameters.layout, metrics, sketch) for s in strategies}
+            streams = {
+                s: z_stream if s == reference else GradientStream(parameters.layout, metrics, sketch)
+                for s in strategies
+            }
             paired = {s: PairedSums(parameters.layout, metrics) for s in strategies}
             batches = task.batches(self.batch_size, self.options.seed)
             for m in range(self.replicates):
@@ -199,16 +219,27 @@ class _Profile:
                         streams[strategy].add(g_P)
                     paired[strategy].add(g_P, z_P)
         except StopIteration:
-            raise TaskError(f"batches(size={self.batch_size}) ended before {self.replicates} sub-batches; lower --samples or make it endless") from None
+            raise TaskError(
+                f"batches(size={self.batch_size}) ended before {self.replicates} sub-batches; lower "
+                "--samples or make it endless"
+            ) from None
         except (NonFiniteError, RuntimeError, ValueError) as error:
             return {}, {s: f"reference: {_reason(error)}" for s in strategies}, names
-        found = {s: estimate(streams[s], z_stream, paired[s], batch_size=self.batch_size) for s in strategies if s not in failures}
+        found = {
+            s: estimate(streams[s], z_stream, paired[s], batch_size=self.batch_size)
+            for s in strategies
+            if s not in failures
+        }
         return found, failures, names
 
     def _metrics(
-        self, checkpoint: Checkpoint, model: nn.Module, parameters: FlatParameters, gradient: Callable[[object, Strategy, int], Tensor]
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        parameters: FlatParameters,
+        gradient: Callable[[object, Strategy, int], Tensor],
     ) -> Metrics:
-        """The weights of each metric; Adam's second moment is the checkpoint's, else estimated from reference sub-batches."""
+        """Each metric's weights; Adam's second moment is the checkpoint's, else estimated from a few sub-batches."""
         weights: dict[str, Tensor | None] = {}
         for name in self.options.metrics:
             if name == "euclidean":
@@ -218,7 +249,10 @@ class _Profile:
             if known is None:
                 batches = self.task.batches(self.batch_size, self.options.seed)
                 count = min(SECOND_MOMENT_REPLICATES, self.replicates)
-                first = [gradient(batch, self.task.grid.reference, m) for m, batch in zip(range(count), batches, strict=False)]
+                first = [
+                    gradient(batch, self.task.grid.reference, m)
+                    for m, batch in zip(range(count), batches, strict=False)
+                ]
                 weights[name] = optimizer_weights(second_moment_from(first, parameters.layout))
             else:
                 missing = [n for n in parameters.names if n not in known]
@@ -290,17 +324,22 @@ class _Profile:
     def _take_over(self, old: xr.DataTree) -> None:
         """Keep the cells of an existing file, after checking that it is the same profile."""
         changed = [
-            name for name in ("task_digest", "seed", "batch_size", "reference", "beta") if old.attrs.get(name) != self.cube.attrs[name]
+            name
+            for name in ("task_digest", "seed", "batch_size", "reference", "beta")
+            if old.attrs.get(name) != self.cube.attrs[name]
         ]
-        if [str(m) for m in old["metric"].values] != list(self.options.metrics):
+        if [str(m) for m in old.to_dataset()["metric"].values] != list(self.options.metrics):
             changed.append("metrics")
         if changed:
-            raise CubeError(f"{self.out}: holds another profile (another {', '.join(changed)}); use --overwrite to start anew, or another --out")
-        child = old["param_groups"].dataset if "param_groups" in old.children else None
+            raise CubeError(
+                f"{self.out}: holds another profile (another {', '.join(changed)}); use --overwrite to "
+                "start anew, or another --out"
+            )
+        child = groups_of(old)
         if child is not None:
             self.groups = new_groups(self.cube, [str(name) for name in child["param_group"].values])
         try:
-            copy_cells(old, self.cube, self.groups)
+            copy_cells(old, self.cube, self.groups, keys=[self._key(t) for t in range(len(self.checkpoints))])
         except CubeError as error:
             raise CubeError(f"{self.out}: {error}; use --overwrite to start anew, or another --out") from error
         self.cube.attrs["created_at"] = old.attrs.get("created_at", self.cube.attrs["created_at"])

@@ -40,17 +40,18 @@ th, td { text-align: left; vertical-align: top; padding: .4em 1.2em .4em 0; bord
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 .number { text-align: right; white-space: nowrap; }
 pre { margin: 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-td { overflow-wrap: break-word; }
+td { overflow-wrap: break-word; min-width: 4.5rem; }
+td + td:not(.number) { min-width: 8.5rem; }
 .figure { margin: .8em 0; }
 .pair { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 24px; }
 @media (min-width: 860px) { .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 details > summary { cursor: pointer; color: var(--muted); }
-@media (max-width: 520px) { main { padding: 16px 12px 48px; } h1 { font-size: 1.4rem; } }
+@media (max-width: 520px) { main { padding: 16px 12px 48px; } h1 { font-size: 1.4rem; } .modebar { display: none; } }
 @media print {
   main { max-width: none; padding: 0; }
   .figure, tr, h2, h3 { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
-  .modebar, .slider-container, .updatemenu-container { display: none !important; }
+  .modebar, .updatemenu-container { display: none !important; }
 }
 """
 
@@ -69,8 +70,9 @@ window.addEventListener("load", () => {
 """
 
 # The browser itself is told to fetch nothing.
-_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-           "img-src data: blob:; font-src data:")  # fmt: skip
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+)
 
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage"]]}
 
@@ -180,18 +182,20 @@ class _Figures:
     def html(self, figure: go.Figure) -> str:
         """The figure as a block that needs plotly.js on the page; nothing plays on load."""
         self.count += 1
-        block = figure.to_html(config=_CONFIG, auto_play=False, include_plotlyjs=False, full_html=False,
-                               div_id=f"figure-{self.count}")  # fmt: skip
+        block = figure.to_html(
+            config=_CONFIG, auto_play=False, include_plotlyjs=False, full_html=False, div_id=f"figure-{self.count}"
+        )
         return f'<div class="figure">{block}</div>'
 
 
 def _best_section(shown: _Shown) -> str:
     parts = [
-        f"<h2>Best strategy at each progress</h2><p>In the {tables.escaped(shown.metric)} metric. A strategy after ≈ is "
-        "within two standard errors of the best.</p>" + tables.best_table(shown.dataset, shown.metric)
+        f"<h2>Best strategy at each progress</h2><p>In the {tables.escaped(shown.metric)} metric. A strategy after ≈ "
+        "is within two standard errors of the best.</p>" + tables.best_table(shown.dataset, shown.metric)
     ]
     parts += [
-        f"<details><summary>In the {tables.escaped(other)} metric</summary>{tables.best_table(shown.dataset, other)}</details>"
+        f"<details><summary>In the {tables.escaped(other)} metric</summary>"
+        f"{tables.best_table(shown.dataset, other)}</details>"
         for other in map(str, shown.dataset["metric"].values)
         if other != shown.metric
     ]

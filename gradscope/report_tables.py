@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradscope.plots._theme import frame_name, number, strategy_text, with_error
+from gradscope.plots._theme import number, strategy_text, with_error
 from gradscope.plots._view import (
     DONE,
     FAILED,
@@ -39,12 +39,10 @@ def escaped(text: object) -> str:
 
 
 def table_html(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """A table that scrolls sideways on a narrow screen. Header and cells are HTML already; columns in `right` are numbers."""
+    """A table that scrolls sideways on a narrow screen. Header and cells are HTML; columns in `right` are numbers."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        inner = "".join(
-            f'<{tag}{" class=number" if i in right else ""}>{cell}</{tag}>' for i, cell in enumerate(cells)
-        )
+        inner = "".join(f"<{tag}{' class=number' if i in right else ''}>{cell}</{tag}>" for i, cell in enumerate(cells))
         return f"<tr>{inner}</tr>"
 
     body = "".join(row(cells, "td") for cells in rows)
@@ -56,10 +54,11 @@ def cells_sentence(view: CubeView) -> str:
     done, failed = int((view.status == DONE).sum()), int((view.status == FAILED).sum())
     rest = view.status.size - done - failed
     parts = [f"{done} measured"] + ([f"{failed} failed"] if failed else []) + ([f"{rest} pending"] if rest else [])
+    reference = escaped(strategy_text(view.grid.reference))
     return (
         f"<p>The cube holds {len(view.grid)} strategies at {_points(len(view.progress))} of training, "
-        f"{view.status.size} cells: {', '.join(parts)}. The reference is <b>{escaped(strategy_text(view.grid.reference))}"
-        f"</b>; costs are in units per sample ({escaped(view.cost_model or 'not recorded')}).</p>"
+        f"{view.status.size} cells: {', '.join(parts)}. The reference is <b>{reference}</b>; costs are in "
+        f"units per sample ({escaped(view.cost_model or 'not recorded')}).</p>"
     )
 
 
@@ -68,12 +67,8 @@ def best_table(cube: xr.Dataset, metric: str) -> str:
     view = read_view(cube, metric=metric)
     criteria = criteria_of(cube)
     columns = [best_strategies(view, criterion) for criterion in criteria]
-    header = ["progress", *(
-        f'{escaped(c.short)}<br><small>{"lower" if c.better == "lower" else "higher"} is better</small>' for c in criteria
-    )]  # fmt: skip
-    rows = [
-        [frame_name(p), *(_best_cell(column[t]) for column in columns)] for t, p in enumerate(map(float, view.progress))
-    ]
+    header = ["progress", *(f"{escaped(c.short)}<br><small>{c.better} is better</small>" for c in criteria)]
+    rows = [[p, *(_best_cell(column[t]) for column in columns)] for t, p in enumerate(view.labels)]
     return table_html(header, rows)
 
 
@@ -96,11 +91,17 @@ def schedule_table(schedule: Schedule, view: CubeView | None) -> str:
             _mixture(stage),
             number(stage.cost),
             *([format_count(schedule.samples(stage))] if budget else []),
-            "" if stage.score is None else with_error(stage.score, math.nan if stage.score_se is None else stage.score_se),
+            _score(stage),
         ]
         for stage in schedule.stages
     ]
     return table_html(header, rows, right=range(2, len(header))) + _samples_sentence(schedule, view)
+
+
+def _score(stage: Stage) -> str:
+    if stage.score is None:
+        return ""
+    return with_error(stage.score, math.nan if stage.score_se is None else stage.score_se)
 
 
 def _span(stage: Stage, budget: float | None) -> str:
@@ -123,7 +124,9 @@ def _mixture(stage: Stage) -> str:
 def _samples_sentence(schedule: Schedule, view: CubeView | None) -> str:
     if schedule.budget is None:
         return f"<p>{number(schedule.cost)} units per sample on average, for any budget.</p>"
-    said = f"The budget of {format_count(schedule.budget)} units pays for {format_count(schedule.total_samples)} samples"
+    said = (
+        f"The budget of {format_count(schedule.budget)} units pays for {format_count(schedule.total_samples)} samples"
+    )
     if view is not None and view.cost_model == schedule.cost_model:
         reference = float(view.cost[view.grid.position(view.grid.reference)])
         if math.isfinite(reference):
@@ -140,25 +143,34 @@ def uncertainties(cube: xr.Dataset, criterion: str, metric: str, schedule: Sched
     items = _disagreements(cube, view)
     untrained = untrained_strategies(cube)
     if untrained is None:
-        items.append("How the checkpoints were trained is not recorded, so the bias of strategies that they never saw "
-                     "may be mere unfamiliarity.")  # fmt: skip
+        items.append(
+            "How the checkpoints were trained is not recorded, so the bias of strategies that they never saw "
+            "may be mere unfamiliarity."
+        )
     elif untrained:
-        items.append(f"The checkpoints were never trained under {_names(untrained, limit=9)}: part of the bias measured "
-                     "there is unfamiliarity, which a few steps of training remove.")  # fmt: skip
+        items.append(
+            f"The checkpoints were never trained under {_names(untrained, limit=9)}: part of the bias measured "
+            "there is unfamiliarity, which a few steps of training remove."
+        )
     failed = np.argwhere(view.status == FAILED)
     if len(failed):
-        cells = [f"{strategy_text(view.strategy(tuple(c[1:])))} at progress {frame_name(float(view.progress[c[0]]))}"
-                 for c in failed[:_LISTED]]  # fmt: skip
+        cells = [
+            f"{strategy_text(view.strategy(tuple(c[1:])))} at progress {view.labels[c[0]]}" for c in failed[:_LISTED]
+        ]
         more = f" and {len(failed) - _LISTED} more" if len(failed) > _LISTED else ""
         items.append(f"Failed: {escaped('; '.join(cells))}{more}. The reasons stand under provenance.")
     if schedule and schedule.cube_digest and schedule.cube_digest != digest_of(cube):
-        items.append("The schedule was made from another cube than the one shown here, so its predicted scores "
-                     "do not belong to these figures.")  # fmt: skip
+        items.append(
+            "The schedule was made from another cube than the one shown here, so its predicted scores "
+            "do not belong to these figures."
+        )
     pending = int(((view.status != DONE) & (view.status != FAILED)).sum())
     if pending:
         items.append(f"{pending} of {view.status.size} cells are not measured yet.")
-    if not ties:
-        items.insert(0, f"By {escaped(criterion)}, no strategy comes within two standard errors of the best at any progress.")
+    if not ties and bool((view.status == DONE).any()):
+        items.insert(
+            0, f"By {escaped(criterion)} no strategy is within two standard errors of the best at any progress."
+        )
     return ties + "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 
@@ -166,8 +178,8 @@ def ties_table(cube: xr.Dataset, view: CubeView, criterion: str) -> str:
     """The strategies that two standard errors do not separate from the best by `criterion`, "" where there are none."""
     shown = next(c for c in criteria_of(cube) if c.short == criterion)
     rows = [
-        [frame_name(float(p)), _candidate(best.winner), "<br>".join(map(_candidate, best.rivals))]
-        for p, best in zip(view.progress, best_strategies(view, shown), strict=True)
+        [p, _candidate(best.winner), "<br>".join(map(_candidate, best.rivals))]
+        for p, best in zip(view.labels, best_strategies(view, shown), strict=True)
         if best and best.rivals
     ]
     if not rows:
@@ -183,26 +195,24 @@ def _candidate(found: Candidate) -> str:
 def _disagreements(cube: xr.Dataset, view: CubeView) -> list[str]:
     criteria = criteria_of(cube)
     winners = {c.short: best_strategies(view, c) for c in criteria}
-    points = [
-        frame_name(float(p))
-        for t, p in enumerate(view.progress)
-        if len({best[t].winner.strategy for best in winners.values() if best[t] is not None}) > 1  # type: ignore[union-attr]
-    ]
-    if not points or len(criteria) < 2:
+    at_each = zip(view.labels, zip(*winners.values(), strict=True), strict=True)
+    points = [p for p, bests in at_each if len({best.winner.strategy for best in bests if best}) > 1]
+    if not points:
         return []
-    return [f"The criteria ({', '.join(map(escaped, winners))}) prefer different strategies at progress {', '.join(points)}."]
+    names = ", ".join(map(escaped, winners))
+    return [f"The criteria ({names}) prefer different strategies at progress {', '.join(points)}."]
 
 
 def results_table(rows: Sequence[Mapping[str, str | float]]) -> str:
     """A table of results; columns are the keys in order of first appearance, numbers to four digits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = [
-        i for i, key in enumerate(columns) if all(not isinstance(row[key], str) for row in rows if key in row)
-    ]
+    numeric = [i for i, key in enumerate(columns) if all(not isinstance(row[key], str) for row in rows if key in row)]
 
     def cell(row: Mapping[str, str | float], key: str) -> str:
         value = row.get(key, "")
-        return escaped(value) if isinstance(value, str) else f"{value:,.{places[key]}f}"
+        if isinstance(value, str):
+            return escaped(value)
+        return f"{value:,.{places[key]}f}" if key in places else number(value, 4)
 
     places = {columns[i]: max(_decimals(float(row[columns[i]])) for row in rows if columns[i] in row) for i in numeric}
     return table_html([escaped(c) for c in columns], [[cell(row, c) for c in columns] for row in rows], right=numeric)
@@ -217,7 +227,9 @@ def _decimals(value: float) -> int:
 
 def cube_provenance(cube: xr.Dataset) -> str:
     """The cube's attributes, its checkpoints, and the failures by cell."""
-    attributes = [[escaped(name), _attribute(value)] for name, value in cube.attrs.items() if str(name) != "failures_json"]
+    attributes = [
+        [escaped(name), _attribute(value)] for name, value in cube.attrs.items() if str(name) != "failures_json"
+    ]
     failures = _json(cube.attrs.get("failures_json", ""))
     view = read_view(cube, metric=metrics_of(cube)[0])
     parts = [table_html(["attribute", "value"], attributes)]
@@ -227,10 +239,14 @@ def cube_provenance(cube: xr.Dataset) -> str:
     if "checkpoint" in cube:
         digests = cube["checkpoint_sha256"].values if "checkpoint_sha256" in cube else [""] * len(view.progress)
         rows = [
-            [frame_name(float(p)), "" if view.step is None else f"{view.step[t]:,}", escaped(name),
-             f"<code>{escaped(str(digest)[:12])}</code>"]
-            for t, (p, name, digest) in enumerate(zip(view.progress, cube["checkpoint"].values, digests, strict=True))
-        ]  # fmt: skip
+            [
+                p,
+                "" if view.step is None else f"{view.step[t]:,}",
+                escaped(name),
+                f"<code>{escaped(str(digest)[:12])}</code>",
+            ]
+            for t, (p, name, digest) in enumerate(zip(view.labels, cube["checkpoint"].values, digests, strict=True))
+        ]
         parts.append("<h3>Checkpoints</h3>" + table_html(["progress", "step", "file", "SHA-256"], rows))
     return "".join(parts)
 
@@ -238,11 +254,15 @@ def cube_provenance(cube: xr.Dataset) -> str:
 def schedule_provenance(schedule: Schedule) -> str:
     """Where a schedule comes from: its constraints, the cube's digest and the version that wrote it."""
     values: dict[str, Any] = {
-        "criterion": schedule.criterion, "metric": schedule.metric, "cost_model": schedule.cost_model,
-        "progress_mode": schedule.progress_mode, "batch_size": schedule.batch_size,
-        "constraints": json.dumps(schedule.constraints), "cube_digest": schedule.cube_digest,
+        "criterion": schedule.criterion,
+        "metric": schedule.metric,
+        "cost_model": schedule.cost_model,
+        "progress_mode": schedule.progress_mode,
+        "batch_size": schedule.batch_size,
+        "constraints": json.dumps(schedule.constraints),
+        "cube_digest": schedule.cube_digest,
         "library_version": schedule.library_version,
-    }  # fmt: skip
+    }
     rows = [[escaped(name), _attribute(value)] for name, value in values.items() if value not in (None, "", "{}")]
     return table_html(["schedule", "value"], rows)
 

@@ -122,7 +122,8 @@ def numbered_checkpoints(
                 steps.setdefault(int(numbers[-1]), path)
     if not steps:
         raise CheckpointError(
-            f"{folder}: no checkpoint found ({', '.join(patterns)} with a number in the name); train with --out {folder} first"
+            f"{folder}: no checkpoint found ({', '.join(patterns)} with a number in the name); train with "
+            f"--out {folder} first"
         )
     last = max(steps) or 1
     return [Checkpoint(path=steps[step], step=step, progress=step / last) for step in sorted(steps)]

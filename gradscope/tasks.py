@@ -25,21 +25,33 @@ class PretrainTask(Task):
     called as training calls it, without the update that stands beside it.
     """
 
-    def __init__(self, setting: Setting, *, grid: Grid | None = None, batch_size: int | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        grid: Grid | None = None,
+        batch_size: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.setting = setting
         self.grid = grid or setting.config.grid(setting.image_size)
         self.batch_size = batch_size or setting.config.batch_size
         self.device = device or torch.device("cpu")
 
     @classmethod
-    def from_folder(cls, folder: Path, *, data_folder: Path | None = None, device: torch.device | None = None) -> PretrainTask:
+    def from_folder(
+        cls, folder: Path, *, data_folder: Path | None = None, device: torch.device | None = None
+    ) -> PretrainTask:
         """The task of a folder of checkpoints. Raises CheckpointError when there are none, or of different runs."""
         checkpoints = list_checkpoints(folder)
         configs = [config_of(load_checkpoint(checkpoint.path), checkpoint.path) for checkpoint in checkpoints]
         for checkpoint, config in zip(checkpoints, configs, strict=True):
             changed = configs[0].changed(config)
             if changed:
-                raise CheckpointError(f"{checkpoint.path}: another {', '.join(changed)} than {checkpoints[0].path.name}; profile one run at a time")
+                raise CheckpointError(
+                    f"{checkpoint.path}: another {', '.join(changed)} than {checkpoints[0].path.name}; "
+                    "profile one run at a time"
+                )
         return cls(open_setting(configs[0], data_folder), device=device)
 
     def load(self, checkpoint: Path) -> nn.Module:
@@ -51,11 +63,14 @@ class PretrainTask(Task):
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
         """Views of `size` training images each, without replacement within an epoch."""
         if size > len(self.setting.data.train_images):
-            raise UsageError(f"sub-batches of {size} samples: {self.setting.config.data} has only {len(self.setting.data.train_images)}")
+            raise UsageError(
+                f"sub-batches of {size} samples: {self.setting.config.data} has only "
+                f"{len(self.setting.data.train_images)}"
+            )
         step = epoch = 0
         while True:
             order_N = self.setting.shuffled(epoch, derive_seed("profile", seed) % 2**31)
-            for indices_B in order_N.split(size):
+            for indices_B in torch.split(order_N, size):
                 if len(indices_B) < size:
                     break
                 generator = torch.Generator().manual_seed(derive_seed("profile views", seed, step))
@@ -63,7 +78,9 @@ class PretrainTask(Task):
                 step += 1
             epoch += 1
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, ...], strategy: Strategy, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, model: nn.Module, batch: tuple[Tensor, ...], strategy: Strategy, generator: torch.Generator
+    ) -> Tensor:
         assert isinstance(model, MoCoV3)
         return model.loss((batch[0], batch[1]), strategy, generator)
 
@@ -93,12 +110,19 @@ class PretrainTask(Task):
         }
 
     def describe(self) -> Mapping[str, Any]:
-        return {"task": "gradscope.tasks:PretrainTask", "config": self.setting.config.to_dict(), "data": self.setting.data.digest}
+        return {
+            "task": "gradscope.tasks:PretrainTask",
+            "config": self.setting.config.to_dict(),
+            "data": self.setting.data.digest,
+        }
 
     def training(self, folder: Path) -> Mapping[str, Any]:
         content = load_checkpoint(list_checkpoints(folder)[-1].path)
         schedule = Schedule.from_json(content["schedule"])
-        stages = [f"{stage.start:g}-{stage.end:g}: " + " | ".join(str(s) for s, weight in stage.mixture if weight > 0) for stage in schedule.stages]
+        stages = [
+            f"{stage.start:g}-{stage.end:g}: " + " | ".join(str(s) for s, weight in stage.mixture if weight > 0)
+            for stage in schedule.stages
+        ]
         return {
             "schedule": "; ".join(stages),
             "strategies": [str(strategy) for strategy in schedule.strategies],

@@ -57,7 +57,9 @@ class TrainResult:
     accuracy: float | None
 
 
-def train(setting: Setting, schedule: Schedule, out: Path, *, device: torch.device | None = None, report: Report | None = None) -> TrainResult:
+def train(
+    setting: Setting, schedule: Schedule, out: Path, *, device: torch.device | None = None, report: Report | None = None
+) -> TrainResult:
     """Train until the budget is spent to within one step; continue where `out` left off.
 
     Writes to `out`: `step-*.pt` at `config.checkpoints`, `log.jsonl`, `resume.pt` (removed at the end),
@@ -115,7 +117,9 @@ class _Run:
                 if stop.signal is not None or time.monotonic() - saved > SAVE_SECONDS:
                     self._save(self.out / RESUME_FILE)
                     saved = time.monotonic()
-                    stop.raise_if_set(f"stopped at {self.fraction:.1%} of the budget and saved; run the same command to continue")
+                    stop.raise_if_set(
+                        f"stopped at {self.fraction:.1%} of the budget and saved; run the same command to continue"
+                    )
             if 1.0 in self.config.evaluations and "accuracy" not in (self.log[-1] if self.log else {}):
                 self._evaluate()
             last = checkpoint_path(self.out, state.step)
@@ -142,7 +146,10 @@ class _Run:
         self.optimizer.step()
         value = loss.item()
         if value != value or value in (float("inf"), float("-inf")):
-            raise NonFiniteError(f"step {step}: the loss is {value} under {strategy}; lower --lr (now {config.lr:g}) or lengthen the warm-up")
+            raise NonFiniteError(
+                f"step {step}: the loss is {value} under {strategy}; lower --lr (now {config.lr:g}) or "
+                "lengthen the warm-up"
+            )
         return value, lr
 
     def _evaluate(self) -> float:
@@ -205,16 +212,22 @@ class _Run:
     def _check_same_run(self, content: Mapping[str, Any], path: Path) -> None:
         changed = self.config.changed(config_of(content, path))
         if changed:
-            raise CheckpointError(f"{self.out}: holds a run with another {', '.join(changed)}; choose another --out, or the settings of that run")
+            raise CheckpointError(
+                f"{self.out}: holds a run with another {', '.join(changed)}; choose another --out, or the "
+                "settings of that run"
+            )
         if Schedule.from_json(content["schedule"]).stages != self.schedule.stages:
             raise CheckpointError(f"{self.out}: holds a run with another schedule; choose another --out")
 
     def _check_budget(self) -> None:
         first = self.schedule.at(0.0)
-        smallest = self.config.batch_size * max(self.costs[strategy] for strategy, weight in first.mixture if weight > 0)
+        smallest = self.config.batch_size * max(
+            self.costs[strategy] for strategy, weight in first.mixture if weight > 0
+        )
         if self.config.budget < smallest:
             raise InfeasibleError(
-                f"budget {format_count(self.config.budget)} does not pay for one step of {first.strategy} with a batch of "
+                f"budget {format_count(self.config.budget)} does not pay for one step of {first.strategy} "
+                "with a batch of "
                 f"{self.config.batch_size}; the smallest budget that does is {smallest:.0f}",
                 smallest=smallest,
             )
@@ -228,7 +241,9 @@ def load_run(checkpoint: Path, data_folder: Path | None = None) -> tuple[Setting
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint}: its tensors do not fit its configuration ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"{checkpoint}: its tensors do not fit its configuration ({str(error).splitlines()[0]})"
+        ) from error
     return setting, model.train(), content
 
 

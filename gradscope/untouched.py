@@ -22,9 +22,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     ]
     restore = buffer_guard(model)
     modes = [(module, module.training) for module in model.modules()]
-    devices = (
-        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    )
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield

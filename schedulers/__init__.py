@@ -15,7 +15,7 @@ from schedulers.costs import (
     token_counts,
 )
 from schedulers.counts import format_count, parse_count
-from schedulers.criteria import CRITERIA, MOMENTS, Criterion, Moments, criterion_se, get_criterion
+from schedulers.criteria import CRITERIA, MOMENTS, Criterion, Moments, criterion_se, get_criterion, readable
 from schedulers.decay import DECAY_KINDS, Decay
 from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, UsageError
 from schedulers.optimizer import Constraints, optimize
@@ -67,6 +67,7 @@ __all__ = [
     "parse_count",
     "parse_schedule",
     "patch_tokens",
+    "readable",
     "save_schedule",
     "sequence_cost",
     "solve",

@@ -4,7 +4,8 @@ C is a strategy's cost in units per sample, β the budget of one update in units
 size times the reference's C), B the batch size. The moments are unbiased and signed, so an estimate
 of something non-negative may be negative; clamping happens here and nowhere before. A score is NaN
 where a moment is NaN and where norm_sq_ref, the estimate of ‖G‖², is not positive: there the
-reference gradient is lost in noise and nothing can be said about any strategy.
+reference gradient is lost in noise. `readable` gives such moments a scale, so that strategies can still
+be ranked against each other.
 """
 
 from __future__ import annotations
@@ -55,6 +56,23 @@ class Moments:
     def map(self, function: Callable[[FloatArray], Any]) -> Moments:
         """`function` applied to each of the five arrays."""
         return Moments(*(function(getattr(self, name)) for name in MOMENTS))
+
+
+def readable(moments: Moments, covariance: ArrayLike | None) -> Moments:
+    """The moments with norm_sq_ref raised to at least one standard error of itself.
+
+    norm_sq_ref is common to all strategies of a progress point and only scales their scores. Where its
+    estimate is lost in noise (late in training ‖G‖² is small) the standard error stands in for it: the
+    ranking at that point is unchanged, and the point weighs no more than the measurement can tell.
+    `covariance` has the moments' shape and (5, 5); None leaves the moments as they are.
+    """
+    if covariance is None:
+        return moments
+    i = MOMENTS.index("norm_sq_ref")
+    se = np.sqrt(np.maximum(np.asarray(covariance, dtype=np.float64)[..., i, i], 0))
+    return _with(
+        moments, "norm_sq_ref", np.where(np.isnan(se), moments.norm_sq_ref, np.maximum(moments.norm_sq_ref, se))
+    )
 
 
 class ScoreFunction(Protocol):

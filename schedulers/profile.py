@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments, criterion_se, get_criterion
+from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments, criterion_se, get_criterion, readable
 from schedulers.errors import UsageError
 from schedulers.strategy import Grid
 
@@ -71,8 +71,10 @@ class Profile:
         return float(self.cost[self.reference_index])
 
     def at(self, progress_points: ArrayLike) -> Moments:
-        """Moments (N, C) at `progress_points` (N,), each quantity interpolated by `interpolate`."""
-        return self.moments.map(lambda values: interpolate(self.progress, values, progress_points))
+        """Moments (N, C) at `progress_points` (N,), made `readable` and each quantity interpolated by `interpolate`."""
+        return readable(self.moments, self.covariance).map(
+            lambda values: interpolate(self.progress, values, progress_points)
+        )
 
     def scores(self, criterion: str | Criterion, progress_points: ArrayLike) -> tuple[FloatArray, FloatArray]:
         """Score and its standard error, both (N, C), at `progress_points` (N,).
@@ -87,7 +89,13 @@ class Profile:
         if self.covariance is None:
             return score, np.full(score.shape, np.nan)
         se = criterion_se(
-            chosen, self.moments, self.covariance, self.cost, beta=self.beta, batch_size=batch, reference_cost=ref
+            chosen,
+            readable(self.moments, self.covariance),
+            self.covariance,
+            self.cost,
+            beta=self.beta,
+            batch_size=batch,
+            reference_cost=ref,
         )
         return score, interpolate(self.progress, se, progress_points)
 

@@ -101,7 +101,7 @@ class Schedule:
         """
         mixture = self.at(fraction).mixture
         digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
-        level = int.from_bytes(digest, "big") / 2**64 * math.fsum(weight for _, weight in mixture)
+        level = int.from_bytes(digest, "big") / 2**64
         passed = 0.0
         for strategy, weight in mixture:
             passed += weight

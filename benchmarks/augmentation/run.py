@@ -4,9 +4,11 @@
 
 Needs kornia (`pip install kornia==0.9.0`), which gradscope itself does not use. Both run in one process
 on one thread and take turns, so that another load on the machine meets both; a repetition is one
-turn of each. Both start from the same uint8 batch and end with normalised float32. kornia blurs only
-where gradscope does: at 28 pixels the recipe's widest Gaussian is a quarter of a pixel, which changes
-nothing at 8 bits (`gradscope.data.augment.MIN_SIGMA`). `--quick` writes no files.
+turn of each; on a CPU the seconds are those of the processor, not of the clock on the wall. Both
+start from the same uint8 batch and end with normalised float32. kornia blurs only where gradscope
+does: at 28 pixels the recipe's widest Gaussian is a quarter of a pixel, which changes nothing at 8
+bits (`gradscope.data.augment.MIN_SIGMA`). The hue differs in kind: gradscope turns it in YIQ, kornia
+in HSV. `--quick` writes no files.
 """
 
 from __future__ import annotations
@@ -90,14 +92,17 @@ def measure(size: int, channels: int, batch: int, *, device: str, repetitions: i
 
 
 def timed(body: Callable[[], object], calls: int, device: str) -> float:
-    """Mean seconds of one call."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    """Mean seconds of one call: of this process on a CPU, of the wall clock on a GPU."""
+    if not device.startswith("cuda"):
+        start = time.process_time()
+        for _ in range(calls):
+            body()
+        return (time.process_time() - start) / calls
+    torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         body()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
 
 
@@ -107,7 +112,7 @@ def rows(results: list[dict[str, Any]], *, device: str, date: str) -> list[Row]:
     for result in results:
         times = result["microseconds_per_image"]
         ratios = [theirs / ours for ours, theirs in zip(times["gradscope"], times["kornia"], strict=True)]
-        where = f"{result['size']} px, {result['channels']} channel(s), batch {result['batch']}"
+        where = f"{result['size']} x {result['size']} x {result['channels']}, batch {result['batch']}"
         found.append(_row(f"batched augmentation: kornia's time over ours, {where}", "x", ratios, 2, device, date))
         if result["size"] == 28:
             ours = times["gradscope"]
@@ -147,7 +152,7 @@ def main() -> None:
         results.append(result)
         medians = {name: statistics.median(values) for name, values in result["microseconds_per_image"].items()}
         told = ", ".join(f"{name} {value:.1f}" for name, value in medians.items())
-        print(f"{size} px, {channels} channel(s), batch {batch}: {told} µs/image", flush=True)
+        print(f"{size} x {size} x {channels}, batch {batch}: {told} µs/image", flush=True)
     date = datetime.date.today().isoformat()
     device = device_text(options.device, 1)
     claims = rows(results, device=device, date=date)

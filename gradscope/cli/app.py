@@ -14,13 +14,17 @@ from typing import Annotated, Any
 
 import typer
 
-from gradscope.cli import measure, schedule, training, view
+import gradscope.cli.measure as measure
+import gradscope.cli.schedule as schedule
+import gradscope.cli.training as training
+import gradscope.cli.view as view
 
 CONFIG_FILE = "gradscope.toml"
 
 app = typer.Typer(
     name="gradscope",
-    help="Measure what cheaper gradients of a Vision Transformer are worth, find the best schedule under a budget, and train with it.",
+    help="Measure what cheaper gradients of a Vision Transformer are worth, find the best schedule under "
+    "a budget, and train with it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -33,8 +37,16 @@ for module in (view, training, measure, schedule):
 @app.callback()
 def common(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option(help=f"TOML file with a table per command; default {CONFIG_FILE} if there is one.", envvar="GRADSCOPE_CONFIG")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="GRADSCOPE_DEBUG")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"TOML file with a table per command; default {CONFIG_FILE} if there is one.",
+            envvar="GRADSCOPE_CONFIG",
+        ),
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="GRADSCOPE_DEBUG")
+    ] = False,
 ) -> None:
     """Flags win over environment variables (GRADSCOPE_*), these over the TOML file, and that over defaults."""
     path = config or (Path(CONFIG_FILE) if Path(CONFIG_FILE).is_file() else None)
@@ -55,7 +67,11 @@ def main() -> None:
             raise
         code = getattr(error, "exit_code", None)
         if code is None:
-            print(f"error: {type(error).__name__}: {error} (an unexpected one: run with `gradscope --debug ...` for the traceback)", file=sys.stderr)
+            print(
+                f"error: {type(error).__name__}: {error} (an unexpected one: run with `gradscope --debug "
+                "...` for the traceback)",
+                file=sys.stderr,
+            )
             sys.exit(1)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
@@ -71,9 +87,14 @@ def _defaults(path: Path, context: typer.Context) -> dict[str, Any]:
     commands: dict[str, Any] = getattr(context.command, "commands", {})
     for name, table in tables.items():
         if name not in commands or not isinstance(table, dict):
-            raise typer.BadParameter(f"{path}: [{name}] is no command; the tables are {', '.join(commands)}", param_hint="--config")
+            raise typer.BadParameter(
+                f"{path}: [{name}] is no command; the tables are {', '.join(commands)}", param_hint="--config"
+            )
         known = [parameter.name for parameter in commands[name].params]
         for key in table:
             if key not in known:
-                raise typer.BadParameter(f"{path}: [{name}] has no option {key!r}; it has {', '.join(map(str, known))}", param_hint="--config")
+                raise typer.BadParameter(
+                    f"{path}: [{name}] has no option {key!r}; it has {', '.join(map(str, known))}",
+                    param_hint="--config",
+                )
     return tables

@@ -27,7 +27,17 @@ def parse_units(text: str | float) -> float:
         raise typer.BadParameter(str(error)) from error
 
 
-Budget = Annotated[float, typer.Option("--budget", "-b", parser=parse_units, metavar="N[K|M|B]", help="Budget in units (a unit is one forward pass of a full-length sequence), as 300K or 100M.", envvar="GRADSCOPE_BUDGET")]
+Budget = Annotated[
+    float,
+    typer.Option(
+        "--budget",
+        "-b",
+        parser=parse_units,
+        metavar="N[K|M|B]",
+        help="Budget in units (a unit is one forward pass of a full-length sequence), as 300K or 100M.",
+        envvar="GRADSCOPE_BUDGET",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", envvar="GRADSCOPE_QUIET")]
 DataFolder = Annotated[Path | None, typer.Option(help="Folder that holds the data.", envvar="GRADSCOPE_DATA")]
@@ -69,7 +79,9 @@ def parse_grid_axes(text: str) -> dict[str, tuple[Any, ...]]:
         name, equals, values = part.partition("=")
         items = [value.strip() for value in values.split(",")]
         if not (name.strip() and equals and all(items)):
-            raise UsageError(f"--grid {text!r}: {part!r} is not of the form axis=value,value (as in patch=2,4,7;dropout=0,0.5)")
+            raise UsageError(
+                f"--grid {text!r}: {part!r} is not of the form axis=value,value (as in patch=2,4,7;dropout=0,0.5)"
+            )
         axes[name.strip()] = tuple(Strategy.parse(f"v={item}")["v"] for item in items)
     return axes
 
@@ -93,7 +105,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        return "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
 
     return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
 

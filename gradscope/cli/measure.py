@@ -27,15 +27,27 @@ def register(app: typer.Typer) -> None:
 def profile(
     ckpt_dir: Annotated[Path, typer.Argument(help="Folder with the checkpoints of one run.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The cube file.", envvar="GRADSCOPE_CUBE")] = Path("cube.nc"),
-    task: Annotated[str | None, typer.Option(help="Your own task, as my_module:MyTask; default: the method the checkpoints name.", envvar="GRADSCOPE_TASK")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Your own task, as my_module:MyTask; default: the method the checkpoints name.",
+            envvar="GRADSCOPE_TASK",
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples per cell.", envvar="GRADSCOPE_SAMPLES")] = 1024,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per sub-batch (K); default: the run's batch size.")] = None,
-    grid: Annotated[str | None, typer.Option(help="Strategies, as patch=2,4,7;dropout=0,0.5; default: the run's grid.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples per sub-batch (K); default: the run's batch size.")
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Strategies, as patch=2,4,7;dropout=0,0.5; default: the run's grid.")
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Strategies measured side by side (memory: two gradients each).")] = 8,
     seed: Seed = 0,
     data_folder: DataFolder = None,
     device: Device = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew if the file holds another profile.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew if the file holds another profile.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured and at what cost.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -56,14 +68,35 @@ def profile(
     if dry_run:
         checkpoints, strategies = measured.checkpoints(ckpt_dir), measured.grid.strategies()
         units = len(checkpoints) * sum(measured.cost(s) * samples for s in strategies)
-        facts = {"checkpoints": len(checkpoints), "strategies": len(strategies), "cells": len(checkpoints) * len(strategies), "units": units}
-        emit(facts, [f"{facts['cells']} cells ({len(checkpoints)} checkpoints x {len(strategies)} strategies), about {format_count(units)} units"], as_json=as_json)
+        facts: dict[str, Any] = {
+            "checkpoints": len(checkpoints),
+            "strategies": len(strategies),
+            "cells": len(checkpoints) * len(strategies),
+            "units": units,
+        }
+        emit(
+            facts,
+            [
+                f"{facts['cells']} cells ({len(checkpoints)} checkpoints x {len(strategies)} strategies), "
+                f"about {format_count(units)} units"
+            ],
+            as_json=as_json,
+        )
         return
     with Progress("profile", quiet=quiet or as_json) as progress:
         tree, summary = run(measured, ckpt_dir, out, options=options, overwrite=overwrite, report=progress.update)
-    facts = {"cube": str(out), "measured": summary.measured, "reused": summary.reused, "failed": summary.failures, "units": summary.units}
-    lines = [f"{out}: {summary.measured} cells measured, {summary.reused} reused, {len(summary.failures)} failed; {format_count(summary.units or 1)} units"]
-    emit(facts, [*lines, *untrained_note(tree.attrs, measured)], as_json=as_json)
+    done: dict[str, Any] = {
+        "cube": str(out),
+        "measured": summary.measured,
+        "reused": summary.reused,
+        "failed": summary.failures,
+        "units": summary.units,
+    }
+    lines = [
+        f"{out}: {summary.measured} cells measured, {summary.reused} reused, {len(summary.failures)} "
+        f"failed; {format_count(summary.units or 1)} units"
+    ]
+    emit(done, [*lines, *untrained_note(tree.attrs, measured)], as_json=as_json)
     for cell, reason in list(summary.failures.items())[:5]:
         note(f"failed: {cell}: {reason}")
     if summary.failures:
@@ -79,15 +112,22 @@ def merge(
 
     gradscope merge a.nc b.nc -o cube.nc
     """
-    from gradscope.cube import DONE, merge_cubes, open_cube, save_cube
+    from gradscope.cube import DONE, open_cube, save_cube
+    from gradscope.merge import merge_cubes
 
     cube, groups = merge_cubes([open_cube(path) for path in cubes])
     save_cube(cube, groups, out)
     done = int((cube["status"] == DONE).sum())
-    emit({"cube": str(out), "done": done, "cells": cube["status"].size}, [f"{out}: {done} of {cube['status'].size} cells"], as_json=as_json)
+    emit(
+        {"cube": str(out), "done": done, "cells": cube["status"].size},
+        [f"{out}: {done} of {cube['status'].size} cells"],
+        as_json=as_json,
+    )
 
 
-def show(file: Annotated[Path, typer.Argument(help="A cube, a schedule or a checkpoint.")], as_json: Json = False) -> None:
+def show(
+    file: Annotated[Path, typer.Argument(help="A cube, a schedule or a checkpoint.")], as_json: Json = False
+) -> None:
     """What is in a file.
 
     gradscope show cube.nc
@@ -104,7 +144,10 @@ def show(file: Annotated[Path, typer.Argument(help="A cube, a schedule or a chec
 
 
 def open_task(name: str | None, folder: Path, data_folder: Path | None, device: torch.device) -> Task:
-    """The user's task `module:Class`, or the bundled one of the folder's checkpoints. Raises TaskError, CheckpointError."""
+    """The user's task `module:Class`, or the bundled one of the folder's checkpoints.
+
+    Raises TaskError, CheckpointError.
+    """
     import importlib
 
     from gradscope.errors import TaskError
@@ -120,7 +163,9 @@ def open_task(name: str | None, folder: Path, data_folder: Path | None, device: 
     try:
         made = getattr(importlib.import_module(module_name), class_name)()
     except ModuleNotFoundError as error:
-        raise TaskError(f"--task {name!r}: {error}; run from the folder that holds {module_name.split('.')[0]}.py") from error
+        raise TaskError(
+            f"--task {name!r}: {error}; run from the folder that holds {module_name.split('.')[0]}.py"
+        ) from error
     except AttributeError as error:
         raise TaskError(f"--task {name!r}: {error}") from error
     if not isinstance(made, Task):
@@ -137,7 +182,10 @@ def untrained_note(attributes: Any, task: Task) -> list[str]:
     if not never:
         return []
     shown = ", ".join(never[:4]) + (f" and {len(never) - 4} more" if len(never) > 4 else "")
-    return [f"note: the checkpoints were never trained under {shown}; much of their bias is then mismatch that a few steps remove (a mixed pilot avoids it)"]
+    return [
+        f"note: the checkpoints were never trained under {shown}; much of their bias is then mismatch that "
+        "a few steps remove (a mixed pilot avoids it)"
+    ]
 
 
 def _show_cube(file: Path) -> tuple[dict[str, Any], list[str]]:
@@ -145,13 +193,16 @@ def _show_cube(file: Path) -> tuple[dict[str, Any], list[str]]:
 
     cube = open_cube(file).dataset
     grid, status = grid_of(cube), cube["status"].values
-    facts = {
+    facts: dict[str, Any] = {
         "kind": "cube", "progress": [float(p) for p in cube["progress"].values],
         "axes": {name: list(values) for name, values in grid.axes.items()}, "reference": str(grid.reference),
         "done": int((status == DONE).sum()), "failed": int((status == FAILED).sum()), "cells": int(status.size),
         "batch_size": int(cube.attrs["batch_size"]), "samples": int(cube["n_samples"].max()),
     }  # fmt: skip
-    lines = [f"cube: {facts['done']} of {facts['cells']} cells done, {facts['failed']} failed; K {facts['batch_size']}, up to {facts['samples']} samples per cell"]
+    lines = [
+        f"cube: {facts['done']} of {facts['cells']} cells done, {facts['failed']} failed; K "
+        f"{facts['batch_size']}, up to {facts['samples']} samples per cell"
+    ]
     lines += [f"progress: {', '.join(f'{p:.3g}' for p in cube['progress'].values)}"]
     lines += [f"{name}: {', '.join(map(str, values))}" for name, values in grid.axes.items()]
     return facts, [*lines, f"reference: {grid.reference}"]
@@ -163,7 +214,14 @@ def _show_schedule(file: Path) -> tuple[dict[str, Any], list[str]]:
     from schedulers import load_schedule
 
     plan = load_schedule(file)
-    rows = [[f"{stage.start:.2f}-{stage.end:.2f}", f"{stage.cost:.3f}", " + ".join(f"{w:.0%} {s}" if w < 1 else str(s) for s, w in stage.mixture)] for stage in plan.stages]
+    rows = [
+        [
+            f"{stage.start:.2f}-{stage.end:.2f}",
+            f"{stage.cost:.3f}",
+            " + ".join(f"{w:.0%} {s}" if w < 1 else str(s) for s, w in stage.mixture),
+        ]
+        for stage in plan.stages
+    ]
     return {"kind": "schedule", **json.loads(plan.to_json())}, table(["fraction", "cost", "strategy"], rows)
 
 
@@ -171,7 +229,13 @@ def _show_checkpoint(file: Path) -> tuple[dict[str, Any], list[str]]:
     from gradscope.checkpoints import load_checkpoint
 
     content = load_checkpoint(file)
-    facts = {"kind": "checkpoint", **{name: content[name] for name in ("step", "units", "samples", "seconds", "config")}}
+    facts: dict[str, Any] = {
+        "kind": "checkpoint",
+        **{name: content[name] for name in ("step", "units", "samples", "seconds", "config")},
+    }
     progress = content["units"] / content["config"]["budget"]
-    lines = [f"checkpoint: step {content['step']:,}, {content['samples']:,} samples, {progress:.1%} of {content['config']['budget']:,.0f} units"]
+    lines = [
+        f"checkpoint: step {content['step']:,}, {content['samples']:,} samples, {progress:.1%} of "
+        f"{content['config']['budget']:,.0f} units"
+    ]
     return facts, [*lines, *(f"{name} = {value}" for name, value in content["config"].items())]

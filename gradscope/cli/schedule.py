@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,14 +22,26 @@ def optimize(
     budget: Budget,
     cube: Annotated[Path, typer.Argument(help="The cube to optimize over.", envvar="GRADSCOPE_CUBE")] = Path("cube.nc"),
     out: Annotated[Path, typer.Option("--out", "-o", help="The schedule file.")] = Path("schedule.json"),
-    criterion: Annotated[str, typer.Option(help="descent, descent-batch or ca-mse (the paper's).", envvar="GRADSCOPE_CRITERION")] = "descent",
-    metric: Annotated[str, typer.Option(help="optimizer (Adam's preconditioner) or euclidean (the paper's).", envvar="GRADSCOPE_METRIC")] = "optimizer",
+    criterion: Annotated[
+        str, typer.Option(help="descent, descent-batch or ca-mse (the paper's).", envvar="GRADSCOPE_CRITERION")
+    ] = "descent",
+    metric: Annotated[
+        str,
+        typer.Option(help="optimizer (Adam's preconditioner) or euclidean (the paper's).", envvar="GRADSCOPE_METRIC"),
+    ] = "optimizer",
     cost_model: Annotated[str, typer.Option(help="tokens, paper or measured.")] = "tokens",
-    allow: Annotated[list[str] | None, typer.Option(help="Only these strategies (patch=4,dropout=0.5); repeatable.")] = None,
-    monotone: Annotated[list[str] | None, typer.Option(help="Axis along which strategies only move towards the reference, or 'cost'; repeatable.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Only these strategies (patch=4,dropout=0.5); repeatable.")
+    ] = None,
+    monotone: Annotated[
+        list[str] | None,
+        typer.Option(help="Axis along which strategies only move towards the reference, or 'cost'; repeatable."),
+    ] = None,
     max_switches: Annotated[int | None, typer.Option(help="Largest number of changes of strategy.")] = None,
     min_dwell: Annotated[float, typer.Option(help="Shortest stage, as a fraction of the budget.")] = 0.0,
-    final_reference: Annotated[float, typer.Option(help="Last fraction of the budget that must run the reference.")] = 0.0,
+    final_reference: Annotated[
+        float, typer.Option(help="Last fraction of the budget that must run the reference.")
+    ] = 0.0,
     exploration: Annotated[float, typer.Option(help="Share of steps spread evenly over all allowed strategies.")] = 0.0,
     slices: Annotated[int, typer.Option(help="Parts of the budget.")] = 100,
     as_json: Json = False,
@@ -61,12 +73,23 @@ def optimize(
     for stage in plan.stages:
         score = "" if stage.score is None else f"{stage.score:.3g}"
         error = "" if stage.score_se is None else f"{stage.score_se:.1g}"
-        rows.append([str(stage.strategy), f"{stage.start:.2f}-{stage.end:.2f}", f"{stage.cost:.3f}", f"{plan.samples(stage):,.0f}", score, error])
+        rows.append(
+            [
+                str(stage.strategy),
+                f"{stage.start:.2f}-{stage.end:.2f}",
+                f"{stage.cost:.3f}",
+                f"{plan.samples(stage):,.0f}",
+                score,
+                error,
+            ]
+        )
     reference_samples = budget / profile.reference_cost
     lines = [
-        f"budget {format_count(budget)} = {budget:,.0f} units; criterion {criterion} in the {metric} metric; costs {cost_model}; progress by fraction of the budget",
+        f"budget {format_count(budget)} = {budget:,.0f} units; criterion {criterion} in the {metric} "
+        f"metric; costs {cost_model}; progress by fraction of the budget",
         *table(["strategy", "fraction", "cost", "samples", criterion, "+-"], rows),
-        f"{plan.total_samples:,.0f} samples, {plan.total_samples / reference_samples:.1f} x as many as without acceleration -> {out}",
+        f"{plan.total_samples:,.0f} samples, {plan.total_samples / reference_samples:.1f} x as many as "
+        f"without acceleration -> {out}",
     ]
     emit(json.loads(plan.to_json()), lines, as_json=as_json)
 
@@ -75,7 +98,13 @@ def cost(
     method: Annotated[str, typer.Option(help="mocov3, simclr or dino.", envvar="GRADSCOPE_METHOD")] = "mocov3",
     image_size: Annotated[int, typer.Option(help="Pixels per side.")] = 240,
     patch: Annotated[int | None, typer.Option(help="Base patch in pixels; default: the smallest of the grid.")] = None,
-    grid: Annotated[str | None, typer.Option(help=f"Strategies; default the paper's grid at 240 pixels ({PAPER_GRID}), else the patches that divide the image.")] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Strategies; default the paper's grid at 240 pixels ({PAPER_GRID}), else the patches "
+            "that divide the image."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The cost of every strategy of a grid, in units per sample, under each cost model.
@@ -90,16 +119,32 @@ def cost(
         grid = f"patch={','.join(map(str, sizes or [image_size]))};dropout=0,0.25,0.5"
     axes = parse_grid_axes(grid or PAPER_GRID)
     if set(axes) - {"patch", "dropout"}:
-        raise UsageError(f"--grid: unknown axis {sorted(set(axes) - {'patch', 'dropout'})[0]!r}; the axes are patch, dropout")
+        raise UsageError(
+            f"--grid: unknown axis {sorted(set(axes) - {'patch', 'dropout'})[0]!r}; the axes are patch, dropout"
+        )
     base = patch or int(min(axes.get("patch", (16,))))
-    axes = {"patch": tuple(dict.fromkeys((base, *axes.get("patch", ())))), "dropout": tuple(dict.fromkeys((0, *axes.get("dropout", ()))))}
-    rows = []
+    axes = {
+        "patch": tuple(dict.fromkeys((base, *axes.get("patch", ())))),
+        "dropout": tuple(dict.fromkeys((0, *axes.get("dropout", ())))),
+    }
+    rows: list[dict[str, Any]] = []
     for strategy in Grid(axes, Strategy(patch=base, dropout=0)).strategies():
         counts = token_counts(image_size, base, strategy)
-        costs = {"tokens": token_cost(method, image_size, base, strategy), "paper": paper_cost(method, image_size, base, strategy), "measured": None}
+        costs = {
+            "tokens": token_cost(method, image_size, base, strategy),
+            "paper": paper_cost(method, image_size, base, strategy),
+            "measured": None,
+        }
         rows.append({**strategy, "tokens_query": counts.query, "tokens_key": counts.key, "cost": costs})
     text = [
-        [str(row["patch"]), f"{row['dropout']:g}", str(row["tokens_query"]), str(row["tokens_key"]), f"{row['cost']['tokens']:.3f}", f"{row['cost']['paper']:.3f}"]
+        [
+            str(row["patch"]),
+            f"{row['dropout']:g}",
+            str(row["tokens_query"]),
+            str(row["tokens_key"]),
+            f"{row['cost']['tokens']:.3f}",
+            f"{row['cost']['paper']:.3f}",
+        ]
         for row in rows
     ]
     emit({"rows": rows}, table(["patch", "dropout", "query", "key", "tokens", "paper"], text), as_json=as_json)

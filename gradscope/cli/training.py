@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradscope.cli.console import Budget, DataFolder, Device, Json, Quiet, Seed, emit, note, open_device, parse_grid_axes
+from gradscope.cli.console import (
+    Budget,
+    DataFolder,
+    Device,
+    Json,
+    Quiet,
+    Seed,
+    emit,
+    note,
+    open_device,
+    parse_grid_axes,
+)
 
 if TYPE_CHECKING:
     from gradscope.config import Setting, TrainConfig
@@ -22,17 +33,34 @@ def register(app: typer.Typer) -> None:
 def train(
     budget: Budget,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints and log.", envvar="GRADSCOPE_OUT")],
-    schedule: Annotated[str, typer.Option(help="A schedule file, a strategy (patch=4,dropout=0.5), stages (patch=7@0.4;patch=2), [bold]mixed[/bold] (every step draws from the grid), or none.", envvar="GRADSCOPE_SCHEDULE")] = "none",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="A schedule file, a strategy (patch=4,dropout=0.5), stages (patch=7@0.4;patch=2), "
+            "[bold]mixed[/bold] (every step draws from the grid), or none.",
+            envvar="GRADSCOPE_SCHEDULE",
+        ),
+    ] = "none",
     method: Annotated[str, typer.Option(help="Pre-training method: mocov3.", envvar="GRADSCOPE_METHOD")] = "mocov3",
-    data: Annotated[str, typer.Option(help="fashion-mnist-10k (ships with the package) or fashion-mnist (60,000 + 10,000 images).", envvar="GRADSCOPE_DATASET")] = "fashion-mnist-10k",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="fashion-mnist-10k (ships with the package) or fashion-mnist (60,000 + 10,000 images).",
+            envvar="GRADSCOPE_DATASET",
+        ),
+    ] = "fashion-mnist-10k",
     data_folder: DataFolder = None,
     model: Annotated[str, typer.Option(help="demo, tiny, small or base.")] = "demo",
-    grid: Annotated[str | None, typer.Option(help="Strategies for mixed runs and profiles, as patch=2,4,7;dropout=0,0.5.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Strategies for mixed runs and profiles, as patch=2,4,7;dropout=0,0.5.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Learning rate at batch 256, scaled with the batch.")] = None,
     decay: Annotated[str, typer.Option(help="cosine, polynomial or constant, over the spent budget.")] = "cosine",
     seed: Seed = 0,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as weight_decay=0.05; repeatable.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, as weight_decay=0.05; repeatable.")
+    ] = None,
     device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -49,12 +77,23 @@ def train(
     from gradscope.trainer import train as run
     from schedulers import format_count
 
-    values = {"budget": budget, "method": method, "data": data, "model": model, "batch_size": batch_size, "decay": decay, "seed": seed}
+    values = {
+        "budget": budget,
+        "method": method,
+        "data": data,
+        "model": model,
+        "batch_size": batch_size,
+        "decay": decay,
+        "seed": seed,
+    }
     config = make_config({**values, **({"lr": lr} if lr is not None else {})}, grid, settings or [])
     setting = open_setting(config, data_folder)
     plan = make_schedule(schedule, setting)
     if not as_json:
-        note(f"budget {format_count(budget)} = {budget:,.0f} units; batch {config.batch_size}; schedule {schedule}; {len(setting.data.train_images):,} images")
+        note(
+            f"budget {format_count(budget)} = {budget:,.0f} units; batch {config.batch_size}; schedule "
+            f"{schedule}; {len(setting.data.train_images):,} images"
+        )
     with Progress("train", quiet=quiet or as_json) as progress:
         result = run(setting, plan, out, device=open_device(device), report=progress.update)
     facts = {
@@ -62,12 +101,21 @@ def train(
         "seconds": round(result.seconds, 2), "knn_accuracy": result.accuracy,
     }  # fmt: skip
     accuracy = "" if result.accuracy is None else f", kNN accuracy {result.accuracy:.1%}"
-    emit(facts, [f"{out}: {result.step:,} steps, {result.samples:,} samples, {result.units:,.0f} units, {result.seconds:.0f} s{accuracy}"], as_json=as_json)
+    emit(
+        facts,
+        [
+            f"{out}: {result.step:,} steps, {result.samples:,} samples, {result.units:,.0f} units, "
+            f"{result.seconds:.0f} s{accuracy}"
+        ],
+        as_json=as_json,
+    )
 
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file, or a folder (its last checkpoint).")],
-    knn: Annotated[bool, typer.Option("--knn", help="k nearest neighbours (k 20, temperature 0.07); the default.")] = False,
+    knn: Annotated[
+        bool, typer.Option("--knn", help="k nearest neighbours (k 20, temperature 0.07); the default.")
+    ] = False,
     linear: Annotated[bool, typer.Option("--linear", help="Linear probe by L-BFGS.")] = False,
     finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tune everything.")] = False,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning.")] = 5,
@@ -96,7 +144,11 @@ def evaluate(
             found["linear"] = linear_accuracy(features[0], data.train_labels, features[1], data.test_labels)
     if finetune:
         found["finetune"] = finetune_accuracy(model.backbone, data, epochs=epochs)
-    emit({"checkpoint": str(path), "accuracy": found}, [f"{name:<9}{value:.1%}" for name, value in found.items()], as_json=as_json)
+    emit(
+        {"checkpoint": str(path), "accuracy": found},
+        [f"{name:<9}{value:.1%}" for name, value in found.items()],
+        as_json=as_json,
+    )
 
 
 def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -> TrainConfig:
@@ -118,7 +170,9 @@ def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals or key not in types:
-            raise UsageError(f"--set {text!r}: not of the form setting=value; the settings are {', '.join(sorted(types))}")
+            raise UsageError(
+                f"--set {text!r}: not of the form setting=value; the settings are {', '.join(sorted(types))}"
+            )
         try:
             read = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -136,7 +190,15 @@ def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -
 def make_schedule(text: str, setting: Setting) -> Schedule:
     """The schedule that an option's text names: none, mixed, stages, or a file. Checks that the model can run it."""
     from gradscope.errors import UsageError
-    from schedulers import constant_schedule, kept_tokens, load_schedule, mixed_schedule, parse_schedule, patch_tokens, token_cost
+    from schedulers import (
+        constant_schedule,
+        kept_tokens,
+        load_schedule,
+        mixed_schedule,
+        parse_schedule,
+        patch_tokens,
+        token_cost,
+    )
 
     config = setting.config
 
@@ -153,10 +215,15 @@ def make_schedule(text: str, setting: Setting) -> Schedule:
     elif "=" in text:
         plan = parse_schedule(text, cost=cost, reference=config.reference)
     else:
-        raise UsageError(f"--schedule {text!r}: no such file; give a schedule file, a strategy such as patch=4,dropout=0.5, mixed or none")
+        raise UsageError(
+            f"--schedule {text!r}: no such file; give a schedule file, a strategy such as "
+            "patch=4,dropout=0.5, mixed or none"
+        )
     for strategy in plan.strategies:
         for axis in strategy:
             if axis not in config.reference:
-                raise UsageError(f"--schedule {text!r}: unknown axis {axis!r}; {config.method} has {', '.join(config.reference)}")
+                raise UsageError(
+                    f"--schedule {text!r}: unknown axis {axis!r}; {config.method} has {', '.join(config.reference)}"
+                )
         kept_tokens(patch_tokens(setting.image_size, int(strategy.number("patch"))), strategy.number("dropout"))
     return plan

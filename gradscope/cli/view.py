@@ -16,9 +16,17 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything.", envvar="GRADSCOPE_OUT")] = Path("demo"),
-    budget: Annotated[float | None, typer.Option("--budget", "-b", parser=parse_units, metavar="N[K|M|B]", help="Units of each of the three runs.")] = None,
-    data: Annotated[str, typer.Option(help="fashion-mnist-10k (ships with the package) or fashion-mnist.", envvar="GRADSCOPE_DATASET")] = "fashion-mnist-10k",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything.", envvar="GRADSCOPE_OUT")] = Path(
+        "demo"
+    ),
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", "-b", parser=parse_units, metavar="N[K|M|B]", help="Units of each of the three runs."),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(help="fashion-mnist-10k (ships with the package) or fashion-mnist.", envvar="GRADSCOPE_DATASET"),
+    ] = "fashion-mnist-10k",
     data_folder: DataFolder = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -30,7 +38,9 @@ def demo(
     """
     from gradscope.demo import BUDGET, run_demo
 
-    result = run_demo(out, budget=budget or BUDGET, data=data, data_folder=data_folder, seed=seed, quiet=quiet or as_json)
+    result = run_demo(
+        out, budget=budget or BUDGET, data=data, data_folder=data_folder, seed=seed, quiet=quiet or as_json
+    )
     emit(result.facts(), result.lines(), as_json=as_json)
 
 
@@ -53,5 +63,11 @@ def plot(
     path = schedule or (Path("schedule.json") if Path("schedule.json").is_file() else None)
     plan = None if path is None else load_schedule(path)
     runs = {folder.name or str(folder): read_log(folder) for folder in run or []}
-    write_report(out, cube=open_cube(cube), schedule=plan, runs=runs or None, table=None, title=f"gradscope: {cube.stem}")
-    emit({"report": str(out), "cube": str(cube), "schedule": None if path is None else str(path)}, [f"{out}: open it in a browser"], as_json=as_json)
+    write_report(
+        out, cube=open_cube(cube), schedule=plan, runs=runs or None, table=None, title=f"gradscope: {cube.stem}"
+    )
+    emit(
+        {"report": str(out), "cube": str(cube), "schedule": None if path is None else str(path)},
+        [f"{out}: open it in a browser"],
+        as_json=as_json,
+    )

@@ -111,6 +111,6 @@ class MoCoV3(nn.Module):
         The recipe does this between the query's and the key's pass; calling it before the loss is the same,
         for the query's pass does not read the key encoder.
         """
-        online = [*self.backbone.parameters(), *self.projector.parameters()]
-        slow = [*self.momentum_backbone.parameters(), *self.momentum_projector.parameters()]
+        online: list[Tensor] = [*self.backbone.parameters(), *self.projector.parameters()]
+        slow: list[Tensor] = [*self.momentum_backbone.parameters(), *self.momentum_projector.parameters()]
         torch._foreach_lerp_(slow, online, 1 - momentum_at(fraction, self.config.momentum))

@@ -42,7 +42,8 @@ def interpolation_matrix(size_from: int, size_to: int) -> Tensor:
 @lru_cache(maxsize=256)
 def resize_pseudo_inverse(patch_from: int, patch_to: int) -> Tensor:
     """Pseudo-inverse A^+ of the p -> q resize: float64 (patch_from, patch_to)."""
-    return torch.linalg.pinv(interpolation_matrix(patch_from, patch_to))
+    inverse_PQ: Tensor = torch.linalg.pinv(interpolation_matrix(patch_from, patch_to))
+    return inverse_PQ
 
 
 def resize_patch_weight(weight_DCPP: Tensor, patch: int) -> Tensor:

@@ -40,6 +40,6 @@ def resample_table(table_1ND: Tensor, side: int) -> Tensor:
     if side == base:
         return table_1ND
     matrix_HG = interpolation_matrix(base, side).to(table_1ND)
-    grid_GGD = table_1ND[0, 1:].unflatten(0, (base, base))
+    grid_GGD = table_1ND[0, 1:].reshape(base, base, -1)
     grid_HHD = torch.einsum("hg,gkd,ik->hid", matrix_HG, grid_GGD, matrix_HG)
     return torch.cat([table_1ND[:, :1], grid_HHD.flatten(0, 1)[None]], dim=1)

@@ -32,7 +32,7 @@ class ViTSize:
 
 
 VIT_SIZES = {
-    "demo": ViTSize(width=64, depth=3, heads=2, mlp_ratio=2.0),
+    "demo": ViTSize(width=48, depth=3, heads=1, mlp_ratio=2.0),
     "tiny": ViTSize(width=192, depth=12, heads=3),
     "small": ViTSize(width=384, depth=12, heads=6),
     "base": ViTSize(width=768, depth=12, heads=12),
@@ -86,7 +86,8 @@ class VisionTransformer(nn.Module):
         """
         if images_BCSS.shape[-2:] != (self.image_size, self.image_size):
             raise UsageError(
-                f"images of {tuple(images_BCSS.shape[-2:])} pixels given to a model built for {self.image_size} x {self.image_size}"
+                f"images of {tuple(images_BCSS.shape[-2:])} pixels given to a model built for "
+                f"{self.image_size} x {self.image_size}"
             )
         tokens_BND = self.patch_embed(images_BCSS, patch)
         table_1LD = resample_table(self.pos_embed, math.isqrt(tokens_BND.shape[1]))
@@ -97,7 +98,8 @@ class VisionTransformer(nn.Module):
         x_BLD = torch.cat([class_B1D, tokens_BND], dim=1)
         for block in self.blocks:
             x_BLD = block(x_BLD)
-        return self.norm(x_BLD[:, 0])
+        feature_BD: Tensor = self.norm(x_BLD[:, 0])
+        return feature_BD
 
 
 class Block(nn.Module):
@@ -112,7 +114,8 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         x_BLD = x_BLD + self.attn(self.norm1(x_BLD))
-        return x_BLD + self.mlp(self.norm2(x_BLD))
+        x_BLD = x_BLD + self.mlp(self.norm2(x_BLD))
+        return x_BLD
 
 
 class Attention(nn.Module):
@@ -127,7 +130,8 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         qkv_3BHLE = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed_BHLE = F.scaled_dot_product_attention(*qkv_3BHLE)
-        return self.proj(mixed_BHLE.transpose(1, 2).flatten(2))
+        out_BLD: Tensor = self.proj(mixed_BHLE.transpose(1, 2).flatten(2))
+        return out_BLD
 
 
 class Mlp(nn.Module):
@@ -140,7 +144,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, size.width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLD)))
+        out_BLD: Tensor = self.fc2(F.gelu(self.fc1(x_BLD)))
+        return out_BLD
 
 
 def random_keep(batch: int, tokens: int, dropout: float, generator: torch.Generator, device: torch.device) -> Tensor:

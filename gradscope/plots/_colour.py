@@ -15,6 +15,7 @@ Floats = NDArray[np.float64]
 Kind = Literal["linear", "log", "symlog"]
 
 DECADES = 2.0  # a span above this is drawn logarithmically
+_MOST_DECADES = 6  # what lies lower by chance would leave one colour for everything else
 _LINEAR_SHARE = 0.01  # symlog: linear within this share of the largest magnitude
 
 
@@ -23,9 +24,9 @@ class ColourRange:
     """One range for all frames of a figure.
 
     kind "linear": colour = value. "log": log10(max(value, unit)), so that estimates of something
-    non-negative that came out at or below zero take the colour of the range's lower end. "symlog":
-    sign(value) · log10(1 + |value|/unit). `low` and `high` bound the colours; `ticks` are positions with
-    their texts, which are values and not logarithms.
+    non-negative that came out at or below zero, or far below all others, take the colour of the range's
+    lower end. "symlog": sign(value) · log10(1 + |value|/unit). `low` and `high` bound the colours; `ticks`
+    are positions with their texts, which are values and not logarithms.
     """
 
     kind: Kind
@@ -56,19 +57,19 @@ def colour_range(values: Floats, errors: Floats, *, signed: bool) -> ColourRange
         return ColourRange("linear", 1.0, 0.0, 1.0, ())
     clear = np.abs(values) > np.nan_to_num(errors)
     magnitudes = np.abs(values[np.isfinite(values) & clear & ((values > 0) | signed) & (values != 0)])
-    wide = magnitudes.size > 1 and math.log10(magnitudes.max() / magnitudes.min()) > DECADES
+    wide = magnitudes.size > 1 and float(np.ptp(np.log10(magnitudes))) > DECADES
     low, high = float(known.min()), float(known.max())
     if not wide:
         return _linear(low, high)
     if signed and low < 0:
         unit = _LINEAR_SHARE * float(np.abs(known).max())
         return _with_ticks("symlog", unit, low, high)
-    unit = float(magnitudes.min()) if low <= 0 else low
+    unit = max(float(magnitudes.min()) if low <= 0 else low, high / 10**_MOST_DECADES)
     return _with_ticks("log", unit, unit, high, below=low < unit)
 
 
 def _linear(low: float, high: float) -> ColourRange:
-    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-280):
         half = abs(high) / 2 or 0.5
         return ColourRange("linear", 1.0, low - half, high + half, ((high, number(high)),))
     step = _nice((high - low) / 6)

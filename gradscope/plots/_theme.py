@@ -28,8 +28,9 @@ INK = "#1f2430"
 MUTED = "#5b6270"
 LINE = "#d9dce1"
 
-# Paul Tol's "bright" scheme without its grey: distinct under the common colour-vision deficiencies.
-PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#AA3377", "#66CCEE")
+# Paul Tol's "bright" scheme without its grey, distinct under the common colour-vision deficiencies, then an
+# indigo and an orange from his and Okabe and Ito's; past eight, patterns, dashes or open symbols tell apart.
+PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#AA3377", "#66CCEE", "#332288", "#E69F00")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "star-triangle-down")
 PATTERNS = ("", "/", ".", "x", "-")
@@ -57,17 +58,39 @@ def template() -> Any:
     made = go.layout.Template(
         layout={
             "font": {"family": FONT, "size": 12, "color": INK},
-            "title": {"x": 0, "xref": "container", "xanchor": "left", "yref": "container", "y": 1, "yanchor": "top",
-                      "pad": {"t": 14}, "font": {"size": 16}},
+            "title": {
+                "x": 0,
+                "xref": "container",
+                "xanchor": "left",
+                "yref": "container",
+                "y": 1,
+                "yanchor": "top",
+                "pad": {"t": 18},
+                "font": {"size": 15},
+            },
             "paper_bgcolor": "white",
             "plot_bgcolor": "white",
             "colorway": list(PALETTE),
             "xaxis": axis,
             "yaxis": axis,
-            "hoverlabel": {"align": "left", "bgcolor": "white", "bordercolor": MUTED, "font": {"color": INK, "size": 12}},
-            "legend": {"orientation": "h", "xanchor": "left", "x": 0, "itemsizing": "constant", "tracegroupgap": 0},
+            "hoverlabel": {
+                "align": "left",
+                "bgcolor": "white",
+                "bordercolor": MUTED,
+                "font": {"color": INK, "size": 12},
+            },
+            "legend": {
+                "orientation": "h",
+                "xref": "container",
+                "x": 0,
+                "xanchor": "left",
+                "yref": "container",
+                "yanchor": "top",
+                "itemsizing": "constant",
+                "tracegroupgap": 0,
+            },
         }
-    )  # fmt: skip
+    )
     pio.templates["gradscope"] = made
     return made
 
@@ -109,8 +132,9 @@ def wrapped(text: str, width: int = 54) -> str:
 
 def title_text(title: str, *lines: str) -> str:
     """A bold title over smaller lines; all of them are escaped here."""
-    small = "".join(f"<br><span style='font-size:12px;color:{MUTED}'>{wrapped(line)}</span>" for line in lines if line)
-    return f"<b>{wrapped(title, 42)}</b>{small}"
+    kept = (line.replace(" ± ", "\u00a0±\u00a0") for line in lines if line)
+    small = "".join(f"<br><span style='font-size:12px;color:{MUTED}'>{wrapped(line)}</span>" for line in kept)
+    return f"<b>{wrapped(title[:1].upper() + title[1:], 42)}</b>{small}"
 
 
 def title_lines(text: str) -> int:
@@ -119,8 +143,8 @@ def title_lines(text: str) -> int:
 
 
 def strategy_text(strategy: Mapping[str, AxisValue]) -> str:
-    """`patch 7, dropout 0.5`: a strategy as figures and tables write it."""
-    return ", ".join(f"{axis} {value}" for axis, value in strategy.items())
+    """`patch 7, dropout 0.5`: a strategy as figures and tables write it, with lines broken at commas alone."""
+    return ", ".join(f"{axis}\u00a0{value}" for axis, value in strategy.items())
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -164,9 +188,13 @@ def _scientific(value: float, places: int) -> str:
     return f"{mantissa.replace('-', '−')}e{int(exponent)}"
 
 
-def frame_name(progress: float) -> str:
-    """Name of a frame and label of its slider position."""
-    return f"{progress:.4g}"
+def progress_labels(progress: Sequence[float]) -> list[str]:
+    """A text for each progress, unique among them: two decimals where they suffice, trailing zeros dropped."""
+    for decimals in (2, 3, 4, 6):
+        labels = [f"{round(float(p), decimals):g}" for p in progress]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [repr(float(p)) for p in progress]
 
 
 def start_index(progress: Sequence[float], wanted: float | None) -> int:
@@ -174,6 +202,16 @@ def start_index(progress: Sequence[float], wanted: float | None) -> int:
     if wanted is None:
         return 0
     return min(range(len(progress)), key=lambda index: abs(progress[index] - wanted))
+
+
+def points(values: Sequence[Any]) -> list[Any]:
+    """`values`, or one None: plotly.js keeps a trace without points, but not one without values."""
+    return list(values) or [None]
+
+
+def legend_height(entries: int, columns: int = 2) -> int:
+    """Pixels for a legend in as many columns as fit on a narrow screen."""
+    return 12 + 19 * math.ceil(entries / columns)
 
 
 def add_slider(figure: go.Figure, names: Sequence[str], *, active: int, y: float) -> None:
@@ -184,8 +222,12 @@ def add_slider(figure: go.Figure, names: Sequence[str], *, active: int, y: float
     if len(names) < 2:
         return
     still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    moving = {"mode": "immediate", "frame": {"duration": 900, "redraw": True}, "transition": {"duration": 0},
-              "fromcurrent": True}  # fmt: skip
+    moving = {
+        "mode": "immediate",
+        "frame": {"duration": 900, "redraw": True},
+        "transition": {"duration": 0},
+        "fromcurrent": True,
+    }
     button = {"method": "animate"}
     figure.update_layout(
         sliders=[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.plots._theme import progress_labels
 from schedulers.criteria import CRITERIA
 from schedulers.errors import UsageError
 from schedulers.strategy import Grid, Strategy
@@ -23,8 +24,8 @@ PENDING, DONE, FAILED = 0, 1, 2
 STATUS_TEXT = {PENDING: "pending", DONE: "done", FAILED: "failed"}
 
 _MOMENTS: dict[str, tuple[str, Better]] = {
-    "bias_sq": ("Squared bias of the gradient (unbiased estimate)", "lower"),
-    "bias_sq_plugin": ("Squared bias of the gradient (plug-in estimate)", "lower"),
+    "bias_sq": ("Squared bias (unbiased estimate)", "lower"),
+    "bias_sq_plugin": ("Squared bias (plug-in estimate)", "lower"),
     "variance": ("Gradient variance per sample", "lower"),
     "norm_sq": ("Squared norm of the mean gradient", ""),
     "inner": ("Inner product with the reference gradient", "higher"),
@@ -63,6 +64,11 @@ class CubeView:
     cost: Floats
     status: NDArray[np.int8]
     n_samples: NDArray[np.int64]
+
+    @property
+    def labels(self) -> list[str]:
+        """Text of each progress, as sliders, hover and tables write it."""
+        return progress_labels(self.progress.tolist())
 
     def values(self, name: str) -> Floats:
         """(T, *grid.shape), NaN where not measured (an infinite value counts as such)."""
@@ -175,7 +181,7 @@ def criteria_of(cube: xr.Dataset | xr.DataTree) -> list[Variable]:
 
 
 def variable(cube: xr.Dataset | xr.DataTree, name: str) -> Variable:
-    """The variable `name` (a criterion as `ca-mse` or `ca_mse`, or a moment). Raises UsageError naming what there is."""
+    """The variable `name`: a criterion (`ca-mse` or `ca_mse`) or a moment. Raises UsageError naming what there is."""
     dataset = root_dataset(cube)
     stored = name.replace("-", "_")
     criteria = {key.replace("-", "_"): value for key, value in CRITERIA.items()}

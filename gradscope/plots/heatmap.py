@@ -1,4 +1,4 @@
-"""Heat map of one variable over two axes of the grid, with a slider over progress."""
+"""Heat map of one variable over two axes of the grid, with a slider over progress: the numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from gradscope.plots import _theme
 from gradscope.plots._colour import ColourRange, colour_range
+from gradscope.plots._heatmap_figure import heatmap_figure
 from gradscope.plots._theme import number, plain, strategy_text, with_error
 from gradscope.plots._view import (
+    DONE,
     FAILED,
     STATUS_TEXT,
     Best,
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
 
 Cell = tuple[int, int]
 """Index along the vertical axis, index along the horizontal axis."""
-
-_TOP, _BOTTOM_SLIDER, _BOTTOM_STILL = 68, 170, 98  # pixels above and below the cells
-_WRITTEN_COLUMNS = 8  # more columns than this leave no room for numbers on a narrow screen
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def plot_heatmap(
         UsageError: a variable, metric or axis that the cube does not hold.
     """
     info = _heatmap_info(cube, name=variable, metric=metric, axes=axes, schedule=schedule)
-    return _heatmap_figure(info, _theme.start_index(info.progress, progress))
+    return heatmap_figure(info, _theme.start_index(info.progress, progress))
 
 
 def _heatmap_info(
@@ -110,7 +109,9 @@ def _heatmap_info(
     shown = variable(cube, name)
     across, up = _shown_axes(view, axes)
     fixed = {axis: view.grid.reference[axis] for axis in view.grid.axes if axis not in (across, up)}
-    best = best_strategies(view, shown) if shown.is_criterion else [None] * len(view.progress)
+    best: list[Best | None] = [None] * len(view.progress)
+    if shown.is_criterion:
+        best = best_strategies(view, shown)
     shares = [_shares(view, schedule, p) for p in view.progress]
 
     rows: tuple[AxisValue, ...] = view.grid.axes[up] if up else ("",)
@@ -119,7 +120,7 @@ def _heatmap_info(
         _slice(view, view.values(shown.name), across, up),
         _slice(view, view.errors(shown.name), across, up),
     )
-    signed = shown.is_criterion and shown.better == "higher" or shown.name == "inner"
+    signed = (shown.is_criterion and shown.better == "higher") or shown.name == "inner"
     colours = colour_range(values, errors, signed=signed)
     missing = np.isnan(values)
     return HeatmapInfo(
@@ -159,16 +160,19 @@ def _positions(view: CubeView, across: str, up: str) -> list[list[tuple[int, ...
     home = dict(zip(view.grid.axes, view.grid.position(view.grid.reference), strict=True))
     height = len(view.grid.axes[up]) if up else 1
     return [
-        [tuple({**home, across: j, **({up: i} if up else {})}[axis] for axis in view.grid.axes) for j in
-         range(len(view.grid.axes[across]))]
+        [
+            tuple({**home, across: j, **({up: i} if up else {})}[axis] for axis in view.grid.axes)
+            for j in range(len(view.grid.axes[across]))
+        ]
         for i in range(height)
-    ]  # fmt: skip
+    ]
 
 
 def _slice(view: CubeView, array: NDArray[Any], across: str, up: str) -> NDArray[Any]:
     """(T, rows, columns) of a (T, *grid) array, the axes not shown at the reference's value."""
     where = np.array(_positions(view, across, up))
-    return array[(slice(None), *(where[..., axis] for axis in range(where.shape[-1])))]
+    index: tuple[Any, ...] = (slice(None), *(where[..., axis] for axis in range(where.shape[-1])))
+    return np.asarray(array[index])
 
 
 def _shares(view: CubeView, schedule: Schedule | None, progress: float) -> dict[Strategy, float]:
@@ -225,23 +229,20 @@ def _hover(
     best: list[Best | None],
 ) -> tuple[tuple[tuple[str, ...], ...], ...]:
     names = [shown.name, *(name for name in ("bias_sq", "variance") if name != shown.name and name in view.dataset)]
-    fields = {name: (view.values(name), view.errors(name)) for name in names}
+    labels, strategies = view.labels, {p: view.strategy(p) for row in positions for p in row}
+    fields = {variable(view.dataset, name): (view.values(name), view.errors(name)) for name in names}
 
     def text(t: int, position: tuple[int, ...]) -> str:
         at = (t, *position)
-        strategy = view.strategy(position)
+        strategy = strategies[position]
         step = f", step {view.step[t]:,}" if view.step is not None else ""
-        lines = [f"progress {_theme.frame_name(view.progress[t])}{step}"]
+        lines = [f"progress {labels[t]}{step}"]
         lines += [f"{plain(view.unit(axis))}: <b>{plain(value)}</b>" for axis, value in strategy.items()]
-        for name in names:
-            values, errors = fields[name]
-            label = variable(view.dataset, name).short
+        for field, (values, errors) in fields.items():
             value = with_error(values[at], errors[at])
-            if np.isnan(values[at]) and view.n_samples[at] > 0:
+            if np.isnan(values[at]) and field.is_criterion and view.status[at] == DONE:
                 value = "undefined (the reference gradient is lost in noise)"
-            lines.append(
-                f"{plain(label)}: {'<b>' if name == shown.name else ''}{value}{'</b>' if name == shown.name else ''}"
-            )
+            lines.append(f"{field.short}: <b>{value}</b>" if field == shown else f"{field.short}: {value}")
         if np.isfinite(view.cost[position]):
             lines.append(f"cost: {number(view.cost[position])} units per sample ({plain(view.cost_model)})")
         lines.append(f"{view.n_samples[at]:,} samples, {STATUS_TEXT.get(int(view.status[at]), 'unknown')}")
@@ -256,147 +257,3 @@ def _hover(
         return "<br>".join(lines)
 
     return tuple(tuple(tuple(text(t, p) for p in row) for row in positions) for t in range(len(view.progress)))
-
-
-def _heatmap_figure(info: HeatmapInfo, start: int) -> go.Figure:
-    import plotly.graph_objects as go
-
-    names = [_theme.frame_name(p) for p in info.progress]
-    titles = [_title(info, t) for t in range(len(names))]
-    height, width = len(info.rows), len(info.columns)
-    plot_height = min(max(62 * height, 150), 460)
-    top = _TOP + 19 * max(_theme.title_lines(text) for text in titles)
-    bottom = _BOTTOM_SLIDER if len(names) > 1 else _BOTTOM_STILL
-    figure = go.Figure(data=_traces(info, start))
-    figure.frames = [
-        go.Frame(name=name, data=_traces(info, t), traces=list(range(len(_traces(info, t)))),
-                 layout={"title": {"text": titles[t]}})
-        for t, name in enumerate(names)
-    ]  # fmt: skip
-    for trace in _legend(info):
-        figure.add_trace(trace)
-    better = {"lower": "better (lower values)", "higher": "better (higher values)", "": "larger"}[info.variable.better]
-    figure.update_layout(
-        template=_theme.template(),
-        title={"text": titles[start]},
-        height=top + plot_height + bottom,
-        margin={"l": 64, "r": 24, "t": top, "b": bottom},
-        legend={"y": -(bottom - 44) / plot_height, "yanchor": "top"},
-        coloraxis={
-            "colorscale": _theme.COLOUR_SCALE,
-            "reversescale": info.variable.better == "lower",
-            "cmin": info.colours.low,
-            "cmax": info.colours.high,
-            "colorbar": {
-                "orientation": "h",
-                "x": 0,
-                "xanchor": "left",
-                "xpad": 0,
-                "y": 1 + 8 / plot_height,
-                "yanchor": "bottom",
-                "ypad": 0,
-                "len": 1,
-                "thickness": 10,
-                "outlinewidth": 0,
-                "ticks": "inside",
-                "ticklen": 3,
-                "tickcolor": "white",
-                "tickvals": [position for position, _ in info.colours.ticks],
-                "ticktext": [text for _, text in info.colours.ticks],
-                "tickfont": {"size": 11, "color": _theme.MUTED},
-            },
-        },
-    )
-    # Not the colour bar's own title: above a horizontal bar plotly.js 4.1 moves the figure's title with it.
-    figure.add_annotation(
-        text=f"lighter is {better}", xref="paper", x=0, xanchor="left", yref="paper", y=1 + 38 / plot_height,
-        yanchor="bottom", showarrow=False, font={"size": 12, "color": _theme.MUTED},
-    )  # fmt: skip
-    figure.update_xaxes(
-        title_text=plain(info.column_title), tickvals=list(range(width)), ticktext=[plain(v) for v in info.columns],
-        range=[-0.5, width - 0.5], showgrid=False, fixedrange=True,
-    )  # fmt: skip
-    figure.update_yaxes(
-        title_text=plain(info.row_title), tickvals=list(range(height)), ticktext=[plain(v) for v in info.rows],
-        range=[-0.5, height - 0.5], showgrid=False, fixedrange=True,
-    )  # fmt: skip
-    _theme.add_slider(figure, names, active=start, y=-52 / plot_height)
-    return figure
-
-
-def _title(info: HeatmapInfo, t: int) -> str:
-    return _theme.title_text(info.variable.title, f"{info.metric} metric", *info.notes[t])
-
-
-def _traces(info: HeatmapInfo, t: int) -> list[Any]:
-    """What changes from frame to frame, in one order: grey cells, values, crosses, outlines, marks."""
-    import plotly.graph_objects as go
-
-    x, y = list(range(len(info.columns))), list(range(len(info.rows)))
-    cells: dict[str, Any] = {"x": x, "y": y, "xgap": 3, "ygap": 3, "customdata": info.hover[t],
-             "hovertemplate": "%{customdata}<extra></extra>"}  # fmt: skip
-    grey = np.where(info.missing[t], 1.0, np.nan)
-    written = [(int(i), int(j)) for i, j in np.argwhere(~info.missing[t]) if len(info.columns) <= _WRITTEN_COLUMNS]
-    failed = np.argwhere(info.failed[t])
-    outline = [point for cell in info.chosen[t] for point in _rectangle(cell)]
-    line_x, line_y = [p[0] for p in outline], [p[1] for p in outline]
-    best = info.best[t]
-    silent: dict[str, Any] = {"hoverinfo": "skip", "showlegend": False}
-    return [
-        go.Heatmap(z=_lists(grey), colorscale=[[0, _theme.GREY], [1, _theme.GREY]], zmin=0, zmax=1, showscale=False,
-                   **cells),
-        go.Heatmap(z=_lists(info.positions[t]), coloraxis="coloraxis", **cells),
-        go.Scatter(x=[j for _, j in written] or [None], y=[i for i, _ in written] or [None], mode="text",
-                   text=[number(info.values[t][at], 2 if len(info.columns) > 5 else 3) for at in written],
-                   textfont={"size": 12, "color": [_ink(info, t, at) for at in written]}, **silent),
-        go.Scatter(x=[int(c[1]) for c in failed] or [None], y=[int(c[0]) for c in failed] or [None], mode="markers",
-                   marker={"symbol": "x-thin", "size": 20, "line": {"width": 2, "color": _theme.INK}}, **silent),
-        go.Scatter(x=line_x or [None], y=line_y or [None], mode="lines", line={"color": "white", "width": 7}, **silent),
-        go.Scatter(x=line_x or [None], y=line_y or [None], mode="lines", line={"color": _theme.INK, "width": 3},
-                   **silent),
-        go.Scatter(x=[c[1] - 0.36 for c in info.chosen[t]] or [None], y=[c[0] + 0.29 for c in info.chosen[t]] or [None],
-                   mode="markers", marker=_CHOSEN_MARK, **silent),
-        go.Scatter(x=[best[1] + 0.36 if best else None], y=[best[0] + 0.29 if best else None], mode="markers",
-                   marker=_BEST_MARK, **silent),
-    ]  # fmt: skip
-
-
-_CHOSEN_MARK = {"symbol": "circle", "size": 11, "color": _theme.INK, "line": {"width": 2, "color": "white"}}
-_BEST_MARK = {"symbol": "star", "size": 15, "color": "white", "line": {"width": 1.5, "color": _theme.INK}}
-
-
-def _legend(info: HeatmapInfo) -> list[Any]:
-    """Entries for the marks that occur in any frame, so that the legend stays as it is while the slider moves."""
-    import plotly.graph_objects as go
-
-    square = {"size": 13, "color": _theme.GREY}
-    entries: list[tuple[bool, str, dict[str, Any]]] = [
-        (any(info.chosen), "the schedule runs this", _CHOSEN_MARK),
-        (any(info.best), "best of all strategies", _BEST_MARK),
-        (bool((info.missing & ~info.failed).any()), "no value", {"symbol": "square", **square}),
-        (bool(info.failed.any()), "failed",
-         {"symbol": "square-x", **square, "line": {"width": 1.5, "color": _theme.INK}}),
-    ]  # fmt: skip
-    return [
-        go.Scatter(x=[None], y=[None], mode="markers", name=label, marker=marker, hoverinfo="skip", showlegend=True)
-        for occurs, label, marker in entries
-        if occurs
-    ]
-
-
-def _ink(info: HeatmapInfo, t: int, cell: Cell) -> str:
-    """Colour of a number that stands out from its cell."""
-    span = info.colours.high - info.colours.low
-    share = min(max((float(info.positions[t][cell]) - info.colours.low) / span, 0.0), 1.0)
-    return _theme.ink_on(_theme.scale_colour(1 - share if info.variable.better == "lower" else share))
-
-
-def _rectangle(cell: Cell) -> list[tuple[float | None, float | None]]:
-    row, column = cell
-    left, right, low, high = column - 0.47, column + 0.47, row - 0.46, row + 0.46
-    return [(left, low), (right, low), (right, high), (left, high), (left, low), (right, low), (None, None)]
-
-
-def _lists(array: NDArray[np.float64]) -> list[list[float | None]]:
-    """Nested lists with None for NaN: plain JSON instead of the base64 that NumPy arrays become."""
-    return [[None if np.isnan(value) else float(value) for value in row] for row in array]

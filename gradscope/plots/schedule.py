@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from schedulers.decay import Decay
     from schedulers.schedule import Schedule, Stage
 
-_STRIP, _LINE, _GAP, _BOTTOM = 130, 90, 40, 108
+_STRIP, _LINE, _GAP, _AXIS = 130, 90, 40, 66  # pixels: strip, line plots, between them, axis labels and title
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def _schedule_info(schedule: Schedule, *, decay: Decay | None) -> ScheduleInfo:
         for strategy in blocks:
             share = dict(stage.mixture).get(strategy, 0.0)
             if share > 0:
-                blocks[strategy].append(Block(stage.start, stage.end, base, share, _hover(schedule, stage, strategy, share)))
+                blocks[strategy].append(
+                    Block(stage.start, stage.end, base, share, _hover(schedule, stage, strategy, share))
+                )
                 base += share
     fractions = tuple(float(f) for f in np.linspace(0, 1, 201))
     said = [f"criterion {schedule.criterion}"] if schedule.criterion else []
@@ -100,9 +102,15 @@ def _schedule_figure(info: ScheduleInfo) -> go.Figure:
     heights = [_STRIP, _LINE] + ([_LINE] if info.decay else [])
     plot = sum(heights) + _GAP * (len(heights) - 1)
     title = _theme.title_text("Schedule", info.note)
-    top = 40 + 19 * _theme.title_lines(title)
-    figure = make_subplots(rows=len(heights), cols=1, shared_xaxes=True, row_heights=[float(h) for h in heights],
-                           vertical_spacing=_GAP / plot)  # fmt: skip
+    top = 36 + 19 * _theme.title_lines(title)
+    bottom = _AXIS + _theme.legend_height(len(info.blocks), columns=1)
+    figure = make_subplots(
+        rows=len(heights),
+        cols=1,
+        shared_xaxes=True,
+        row_heights=[float(h) for h in heights],
+        vertical_spacing=_GAP / plot,
+    )
     for i, (strategy, blocks) in enumerate(info.blocks.items()):
         figure.add_trace(_bars(i, strategy, blocks), row=1, col=1)
     figure.add_trace(_cost_line(info), row=2, col=1)
@@ -111,21 +119,32 @@ def _schedule_figure(info: ScheduleInfo) -> go.Figure:
     figure.update_layout(
         template=_theme.template(),
         title={"text": title},
-        height=top + plot + _BOTTOM,
-        margin={"l": 64, "r": 24, "t": top, "b": _BOTTOM},
+        height=top + plot + bottom,
+        margin={"l": 64, "r": 24, "t": top, "b": bottom},
         barmode="overlay",
         bargap=0,
         uniformtext={"minsize": 10, "mode": "hide"},
-        legend={"y": -58 / plot, "yanchor": "top", "traceorder": "normal"},
+        legend={"y": (bottom - _AXIS) / (top + plot + bottom), "traceorder": "normal"},
         hovermode="closest",
     )
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
     under = [f"<br>{format_count(t * info.budget) if t else 0}" if info.budget else "" for t in ticks]
-    figure.update_xaxes(range=[0, 1], tickvals=ticks, ticktext=[f"{t:.0%}{u}" for t, u in zip(ticks, under, strict=True)],
-                        showgrid=False)  # fmt: skip
+    figure.update_xaxes(
+        range=[0, 1],
+        tickvals=ticks,
+        ticktext=[f"{t:.0%}{u}" for t, u in zip(ticks, under, strict=True)],
+        showgrid=False,
+    )
     mixed = any(block.share < 1 for blocks in info.blocks.values() for block in blocks)
-    figure.update_yaxes(range=[0, 1], showgrid=False, tickvals=[0, 0.5, 1] if mixed else [], tickformat=".0%",
-                        title_text="share of steps" if mixed else None, row=1, col=1)  # fmt: skip
+    figure.update_yaxes(
+        range=[0, 1],
+        showgrid=False,
+        tickvals=[0, 0.5, 1] if mixed else [],
+        tickformat=".0%",
+        title_text="share of steps" if mixed else None,
+        row=1,
+        col=1,
+    )
     figure.update_yaxes(rangemode="tozero", nticks=4, title_text="cost", row=2, col=1)
     if info.decay:
         figure.update_yaxes(range=[0, 1.08], tickvals=[0, 0.5, 1], title_text="rate", row=3, col=1)
@@ -148,7 +167,13 @@ def _bars(i: int, strategy: Strategy, blocks: tuple[Block, ...]) -> Any:
         name=label,
         marker={
             "color": colours[i % len(colours)],
-            "pattern": {"shape": patterns[i // len(colours) % len(patterns)], "fgcolor": "white", "size": 6, "solidity": 0.25},
+            "pattern": {
+                "shape": patterns[i // len(colours) % len(patterns)],
+                "fillmode": "overlay",
+                "fgcolor": "white",
+                "size": 8,
+                "solidity": 0.2,
+            },
             "line": {"width": 1.5, "color": "white"},
         },
         text=[short if block.share > 0.3 else "" for block in blocks],
@@ -159,7 +184,7 @@ def _bars(i: int, strategy: Strategy, blocks: tuple[Block, ...]) -> Any:
         customdata=[block.hover for block in blocks],
         hovertemplate="%{customdata}<extra></extra>",
         showlegend=True,
-    )  # fmt: skip
+    )
 
 
 def _cost_line(info: ScheduleInfo) -> Any:
@@ -167,19 +192,29 @@ def _cost_line(info: ScheduleInfo) -> Any:
 
     levels = [*info.costs, info.costs[-1]]
     return go.Scatter(
-        x=list(info.edges), y=levels, mode="lines", line={"color": _theme.INK, "width": 2, "shape": "hv"},
-        name="cost in units per sample", showlegend=False,
+        x=list(info.edges),
+        y=levels,
+        mode="lines",
+        line={"color": _theme.INK, "width": 2, "shape": "hv"},
+        name="cost in units per sample",
+        showlegend=False,
         customdata=[f"cost: {number(level)} units per sample" for level in levels],
         hovertemplate="%{customdata}<extra></extra>",
-    )  # fmt: skip
+    )
 
 
 def _decay_line(fractions: tuple[float, ...], factors: tuple[float, ...]) -> Any:
     import plotly.graph_objects as go
 
     return go.Scatter(
-        x=list(fractions), y=list(factors), mode="lines", line={"color": _theme.MUTED, "width": 2, "dash": "dash"},
-        name="learning-rate factor", showlegend=False,
-        customdata=[f"learning-rate factor {number(value)} at {x:.0%}" for x, value in zip(fractions, factors, strict=True)],
+        x=list(fractions),
+        y=list(factors),
+        mode="lines",
+        line={"color": _theme.MUTED, "width": 2, "dash": "dash"},
+        name="learning-rate factor",
+        showlegend=False,
+        customdata=[
+            f"learning-rate factor {number(value)} at {x:.0%}" for x, value in zip(fractions, factors, strict=True)
+        ],
         hovertemplate="%{customdata}<extra></extra>",
-    )  # fmt: skip
+    )

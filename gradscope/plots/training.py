@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
 
-_ACCURACY, _LOSS, _GAP, _BOTTOM = 250, 170, 40, 118
+_ACCURACY, _LOSS, _GAP, _AXIS = 250, 170, 40, 54  # pixels: the two plots, between them, axis title
 _POINTS = 400  # of the smoothed loss per run: more cannot be seen
 
 
@@ -61,7 +61,7 @@ def _curve(name: str, rows: Sequence[Row]) -> Curve:
     units, loss = _column(name, rows, "loss")
     window = max(1, len(loss) // 30) | 1
     smooth = running_median(loss, window)
-    kept = np.unique(np.linspace(0, len(loss) - 1, min(len(loss), _POINTS)).astype(int)) if len(loss) else []
+    kept = np.unique(np.linspace(0, max(len(loss) - 1, 0), min(len(loss), _POINTS)).astype(np.int64))
     return Curve(name, accuracy_units, accuracy, units[kept], smooth[kept], window)
 
 
@@ -95,22 +95,28 @@ def _training_figure(curves: tuple[Curve, ...]) -> go.Figure:
     shown = [(height, label) for exists, height, label in parts if exists] or [(_ACCURACY, "accuracy")]
     plot = sum(height for height, _ in shown) + _GAP * (len(shown) - 1)
     title = _theme.title_text("Training", "over the units spent" + ("; loss: running median" if parts[1][0] else ""))
-    top = 24 + 19 * _theme.title_lines(title)
-    figure = make_subplots(rows=len(shown), cols=1, shared_xaxes=True, row_heights=[float(h) for h, _ in shown],
-                           vertical_spacing=_GAP / plot)  # fmt: skip
+    top = 28 + 19 * _theme.title_lines(title)
+    figure = make_subplots(
+        rows=len(shown),
+        cols=1,
+        shared_xaxes=True,
+        row_heights=[float(h) for h, _ in shown],
+        vertical_spacing=_GAP / plot,
+    )
     for row, (_, label) in enumerate(shown, start=1):
         for i, curve in enumerate(curves):
             in_legend = label == ("accuracy" if curve.accuracy.size else "loss")
             figure.add_trace(_trace(i, curve, label, in_legend=in_legend), row=row, col=1)
-        figure.update_yaxes(title_text=label, tickformat=".0%" if label == "accuracy" else None, nticks=6, row=row, col=1)
-    rows_of_legend = math.ceil(sum(len(curve.name) + 8 for curve in curves) / 48)
-    bottom = _BOTTOM - 40 + 20 * rows_of_legend
+        figure.update_yaxes(
+            title_text=label, tickformat=".0%" if label == "accuracy" else None, nticks=6, row=row, col=1
+        )
+    bottom = _AXIS + _theme.legend_height(len(curves))
     figure.update_layout(
         template=_theme.template(),
         title={"text": title},
         height=top + plot + bottom,
         margin={"l": 64, "r": 24, "t": top, "b": bottom},
-        legend={"y": -50 / plot, "yanchor": "top"},
+        legend={"y": (bottom - _AXIS) / (top + plot + bottom)},
         hovermode="closest",
     )
     figure.update_xaxes(tickformat="~s", nticks=6, rangemode="tozero")

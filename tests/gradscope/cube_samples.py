@@ -1,4 +1,4 @@
-"""A small synthetic cube, schedule and training logs with the schema of the real ones, for tests of plots and report."""
+"""A small synthetic cube, schedule and training logs with the schema of the real ones, for plots and report."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def sample_cube(
     patches: Sequence[int] = (2, 4, 7),
     dropouts: Sequence[float] = (0.0, 0.25, 0.5),
     progress: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    image_size: int = 28,
     holes: bool = True,
     seed: int = 0,
 ) -> xr.Dataset:
@@ -36,7 +37,7 @@ def sample_cube(
     """
     rng = np.random.default_rng(seed)
     grid = Grid({"patch": tuple(patches), "dropout": tuple(dropouts)}, Strategy(patch=patches[0], dropout=0))
-    costs = np.array([token_cost("mocov3", 28, patches[0], s) for s in grid.strategies()]).reshape(grid.shape)
+    costs = np.array([token_cost("mocov3", image_size, patches[0], s) for s in grid.strategies()]).reshape(grid.shape)
     reference_cost = float(costs[0, 0])
     beta = BATCH * reference_cost
     shape = (len(progress), *grid.shape, 2)
@@ -127,8 +128,13 @@ def sample_cube(
 
 def third_axis(cube: xr.Dataset) -> xr.Dataset:
     """`cube` with an axis `resolution` of 28 (the reference, `cube` itself) and 20 (half of every value)."""
-    stack = xr.concat([cube, cube.map(lambda v: v if v.dtype.kind != "f" else v / 2, keep_attrs=True)],
-                      dim="resolution", coords="minimal", compat="override", combine_attrs="override")  # fmt: skip
+    stack = xr.concat(
+        [cube, cube.map(lambda v: v if v.dtype.kind != "f" else v / 2, keep_attrs=True)],
+        dim="resolution",
+        coords="minimal",
+        compat="override",
+        combine_attrs="override",
+    )
     made = stack.assign_coords(resolution=[28, 20]).transpose("progress", "cost_model", "patch", "dropout", ...)
     made.attrs = {**cube.attrs, "reference": f"{cube.attrs['reference']},resolution=28"}
     return made
@@ -162,7 +168,11 @@ def sample_runs(rows: int = 200, seed: int = 0) -> dict[str, list[dict[str, obje
     """Logs of three runs: every row has a noisy loss, every twentieth an accuracy."""
     rng = np.random.default_rng(seed)
     runs: dict[str, list[dict[str, object]]] = {}
-    for name, best, speed in (("no acceleration", 0.79, 3.0), ("patch 4 throughout", 0.785, 4.2), ("schedule", 0.81, 5.0)):
+    for name, best, speed in (
+        ("no acceleration", 0.79, 3.0),
+        ("patch 4 throughout", 0.785, 4.2),
+        ("schedule", 0.81, 5.0),
+    ):
         log: list[dict[str, object]] = []
         for i in range(1, rows + 1):
             part = i / rows

@@ -140,14 +140,14 @@ def test_boxes_follow_the_published_sampling() -> None:
     def published(rng: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
         for _ in range(10):
             area = height * width * rng.uniform(0.08, 1.0)
-            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            ratio = math.exp(rng.uniform(math.log(1 / 2), math.log(4 / 3)))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 return rng.randint(0, height - h), rng.randint(0, width - w), h, w
         return 0, 0, height, width
 
     height, width, count = 28, 36, 20_000
-    view = plain(28, 1, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
+    view = plain(28, 1, crop_scale=(0.08, 1.0), crop_ratio=(1 / 2, 4 / 3))
     ours = draw(count, height, width, view, generator()).box_B4.astype(np.float64)
     rng = random.Random(0)
     expected = np.array([published(rng, height, width) for _ in range(count)], np.float64)
@@ -167,32 +167,25 @@ def test_boxes_follow_the_published_sampling() -> None:
         assert (np.abs(a.mean(0) - b.mean(0)) < 4.5 * error).all()
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "box"),
-    [(10, 40, (0, 13, 10, 13)), (40, 10, (13, 0, 13, 10)), (30, 30, (0, 0, 30, 30))],
-)
+@pytest.mark.parametrize(("height", "width", "box"), [(10, 40, (0, 13, 10, 13)), (40, 10, (13, 0, 13, 10))])
 def test_where_no_box_fits_the_largest_central_one_is_taken(
     height: int, width: int, box: tuple[int, int, int, int]
 ) -> None:
-    """The whole area with ratio 3/4..4/3 never fits into 1:4; into a square it does only at ratio 1."""
+    """A box of the whole area with a ratio in 3/4..4/3 never fits into an image of 1:4."""
     view = plain(28, 1, crop_scale=(1.0, 1.0), crop_ratio=(3 / 4, 4 / 3))
     boxes = draw(200, height, width, view, generator()).box_B4
-    if height == width:
-        whole = (boxes == np.array(box)).all(1)
-        nearly = (boxes[:, 2] * boxes[:, 3] >= 29 * 30).all()
-        assert whole.mean() > 0.5 and nearly
-    else:
-        np.testing.assert_array_equal(boxes, np.tile(box, (200, 1)))
+    np.testing.assert_array_equal(boxes, np.tile(box, (200, 1)))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_brightness_and_contrast(channels: int) -> None:
-    batch = 16
+    batch = 40
     images = random_images(batch, channels, 12)
     view = plain(12, channels, jitter=0.7, brightness=0.4, contrast=1.5)
     drawn = draw(batch, 12, 12, view, generator(2))
     result = augment(images, view, generator(2))
     assert 0 < (drawn.brightness_B == 1).sum() < batch
+    assert drawn.contrast_B.min() >= 0 and drawn.contrast_B.max() > 2
     for index, image in enumerate(images.double() / 255):
         brighter = (image * float(drawn.brightness_B[index])).clamp(0, 1)
         gray = (brighter * LUMA.view(3, 1, 1)).sum(0) if channels == 3 else brighter[0]
@@ -323,8 +316,16 @@ def test_the_recipe_draws_with_the_published_probabilities_and_ranges() -> None:
             assert low - 1e-6 <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high + 1e-6
             assert abs(column[jittered].mean() - (low + high) / 2) < 4.5 * spread
             assert (column[~jittered] == (low + high) / 2).all()
-        pairs = np.corrcoef([drawn.flip_B, jittered, drawn.gray_B, *drawn.box_B4.T[:2]])
-        assert np.abs(pairs[np.triu_indices(3, 1)]).max() < 4.5 / math.sqrt(count)
+
+
+def test_the_random_parameters_of_an_image_are_independent() -> None:
+    count = 20_000
+    _, second = mocov3_views(224, (0.5,) * 3, (0.5,) * 3, 3)
+    drawn = draw(count, 224, 224, second, generator(6))
+    decisions = [drawn.flip_B, drawn.brightness_B != 1, drawn.gray_B, drawn.sigma_B > 0, drawn.solarize_B]
+    amounts = [drawn.brightness_B, drawn.contrast_B, drawn.saturation_B, drawn.hue_B, drawn.box_B4[:, 0]]
+    correlation = np.corrcoef([*decisions, *amounts])
+    assert np.abs(correlation[np.triu_indices(len(correlation), 1)]).max() < 4.5 / math.sqrt(count)
 
 
 def test_one_channel_has_no_colour_to_change() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_mean_and_std_are_those_of_the_training_pixels() -> None:
     data = load_data("fashion-mnist-10k")
     pixels = data.train_images.double() / 255
     assert data.mean == pytest.approx((pixels.mean().item(),), rel=1e-12)
-    assert data.std == pytest.approx((pixels.std(correction=0).item(),), rel=1e-12)
+    assert data.std == pytest.approx((pixels.std(correction=0).item(),), rel=1e-9)
 
 
 @pytest.mark.parametrize("gzipped", [True, False])
@@ -144,9 +145,11 @@ def test_a_damaged_file_is_named(
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda raw: raw[:-20], lambda raw: raw[:5], lambda raw: b"not gzip", lambda raw: b""]
+    "damage",
+    [lambda raw: raw[:-20], lambda raw: raw[:5], lambda raw: b"not gzip", lambda raw: b""],
+    ids=["tail", "head", "other", "empty"],
 )
-def test_a_torn_gzip_file_is_named(damage, tmp_path: Path, tiny: dict[str, bytes]) -> None:  # type: ignore[no-untyped-def]
+def test_a_torn_gzip_file_is_named(damage: Callable[[bytes], bytes], tmp_path: Path, tiny: dict[str, bytes]) -> None:
     folder = put(tmp_path / "data", tiny, gzipped=True)
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))

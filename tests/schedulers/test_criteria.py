@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from schedulers import CRITERIA, MOMENTS, Moments, UsageError, criterion_se, get_criterion
+from schedulers import CRITERIA, MOMENTS, Moments, UsageError, criterion_se, get_criterion, readable
 
 SETTINGS = {"beta": 40.0, "batch_size": 16, "reference_cost": 4.0}
 
@@ -180,3 +180,20 @@ def test_the_standard_error_of_a_table() -> None:
 def test_a_covariance_of_another_shape_is_refused() -> None:
     with pytest.raises(UsageError, match=r"covariance has shape \(4, 4\)"):
         criterion_se("ca-mse", moments(), np.eye(4), 2.0, **SETTINGS)
+
+
+def test_a_reference_norm_lost_in_noise_keeps_the_ranking() -> None:
+    """With norm_sq_ref below its standard error the scores differ by one common factor from any other scale."""
+    covariance = np.zeros((2, 5, 5))
+    covariance[:, 4, 4] = 0.25
+    lost = Moments(*(np.array(v) for v in ([0.2, 0.9], [3.0, 5.0], [1.0, 1.2], [0.7, 0.4], [-0.1, -0.1])))
+    known = Moments(lost.bias_sq, lost.variance, lost.norm_sq, lost.inner, np.array([1.0, 1.0]))
+    settings = {"beta": 8.0, "batch_size": 2, "reference_cost": 4.0}
+    for criterion in CRITERIA.values():
+        assert np.isnan(criterion.score(lost, [4.0, 1.0], **settings)).all()
+        ratio = criterion.score(readable(lost, covariance), [4.0, 1.0], **settings) / criterion.score(
+            known, [4.0, 1.0], **settings
+        )
+        np.testing.assert_allclose(ratio, 1 / 0.5)
+    assert readable(known, covariance).norm_sq_ref.tolist() == [1.0, 1.0]
+    assert readable(lost, None) is lost

@@ -1,0 +1,126 @@
+"""The cube's file: round trip, refusals, merging."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import xarray as xr
+
+from gradscope import Grid, ProfileOptions, Strategy, merge_cubes, open_cube, profile, profile_of, save_cube
+from gradscope.cube import grid_of, groups_of
+from gradscope.errors import CubeError, GradscopeError
+from schedulers import optimize
+from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
+
+OPTIONS = ProfileOptions(samples=32)
+
+
+@pytest.fixture
+def cube_file(tmp_path: Path) -> Path:
+    profile(FailingTask(), make_checkpoints(tmp_path / "ckpt_dir"), tmp_path / "cube.nc", options=OPTIONS)
+    return tmp_path / "cube.nc"
+
+
+def test_round_trip_is_identity_also_with_nan_and_text_labels(cube_file: Path, tmp_path: Path) -> None:
+    tree = open_cube(cube_file)
+    save_cube(tree.to_dataset(), groups_of(tree), tmp_path / "again.nc")
+    again = open_cube(tmp_path / "again.nc")
+    xr.testing.assert_identical(tree.dataset, again.dataset)
+    xr.testing.assert_identical(groups_of(tree), groups_of(again))
+    grid = grid_of(again.dataset)
+    assert grid == FailingTask.grid and grid.strategies() == FailingTask.grid.strategies()
+
+
+def test_any_netcdf_reader_sees_labels_units_and_flags(cube_file: Path) -> None:
+    with h5py.File(cube_file) as file:
+        assert file["bias_sq"].attrs["ancillary_variables"] == "bias_sq_se n_samples status"
+        assert file["status"].attrs["flag_meanings"] == "pending done failed"
+        assert [x.decode() for x in file["keep"][:]] == ["all", "half"]
+        assert "progress" in file["param_groups"]  # the group can be read alone
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "text", "zeroed"])
+def test_damaged_files_are_named_and_kept(cube_file: Path, damage: str) -> None:
+    content = cube_file.read_bytes()
+    broken = {
+        "empty": b"",
+        "half": content[: len(content) // 2],
+        "text": b"not a cube",
+        "zeroed": b"\0" * len(content),
+    }[damage]
+    cube_file.write_bytes(broken)
+    with pytest.raises(CubeError, match=r"cube.nc: cannot be read as a cube"):
+        open_cube(cube_file)
+    with pytest.raises(CubeError):
+        profile(FailingTask(), cube_file.parent / "ckpt_dir", cube_file, options=OPTIONS)
+    assert cube_file.read_bytes() == broken
+
+
+def test_foreign_newer_and_missing_files_are_refused(cube_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(CubeError, match="no such cube"):
+        open_cube(tmp_path / "absent.nc")
+    xr.Dataset({"x": 1.0}).to_netcdf(tmp_path / "foreign.nc", engine="h5netcdf")
+    with pytest.raises(CubeError, match="no cube of gradscope"):
+        open_cube(tmp_path / "foreign.nc")
+    with h5py.File(cube_file, "a") as file:
+        file.attrs["schema_version"] = 99
+    with pytest.raises(CubeError, match="schema version 99 is newer"):
+        open_cube(cube_file)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(cube_file: Path, tmp_path: Path) -> None:
+    tree = open_cube(cube_file)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(GradscopeError, match=r"cannot be written .*; choose a folder you may write to"):
+        save_cube(tree.to_dataset(), None, tmp_path / "file" / "cube.nc")
+
+
+def test_parts_of_one_profile_merge_to_the_whole(tmp_path: Path) -> None:
+    folder = make_checkpoints(tmp_path / "ckpt_dir")
+    whole, _ = profile(LineTask(), folder, tmp_path / "whole.nc", options=OPTIONS)
+    parts = []
+    for i, noise in enumerate([(0, 0.5), (0, 2)]):
+        task = LineTask()
+        task.grid = Grid({**LineTask.grid.axes, "noise": noise}, LineTask.grid.reference)
+        parts.append(profile(task, folder, tmp_path / f"{i}.nc", options=OPTIONS)[0])
+    cube, groups = merge_cubes(parts)
+    xr.testing.assert_identical(cube.drop_attrs(), whole.dataset.drop_attrs())
+    assert groups is not None
+    xr.testing.assert_identical(groups.drop_attrs(), groups_of(whole).drop_attrs())
+    other, _ = profile(LineTask(), folder, tmp_path / "other.nc", options=dataclasses.replace(OPTIONS, seed=1))
+    with pytest.raises(CubeError, match="differ in seed"):
+        merge_cubes([whole, other])
+
+
+def test_profile_of_feeds_the_optimizer_and_leaves_failed_cells_out(cube_file: Path) -> None:
+    cube = open_cube(cube_file).dataset
+    found = profile_of(cube, metric="euclidean")
+    assert found.cost.tolist() == [3, 2, 1, 1.5, 1, 0.5] and found.beta == 8 * 3
+    failed = [i for i, s in enumerate(found.grid.strategies()) if s.number("noise") == 2]
+    assert np.isnan(found.moments.variance[:, failed]).all()
+    at = dict(progress=0.5, keep="half", noise=0.5, metric="euclidean")
+    assert found.moments.inner[1, 4] == float(cube["inner"].sel(at))
+    plan = optimize(found, 1e4, criterion="ca-mse")
+    assert all(s.number("noise") != 2 for s in plan.strategies)
+    scores, errors = found.scores("ca-mse", [0.5])
+    assert scores[0, 4] == pytest.approx(float(cube["ca_mse"].sel(at)))
+    assert errors[0, 4] == pytest.approx(float(cube["ca_mse_se"].sel(at)))
+    with pytest.raises(CubeError, match="no metric 'cosine'; it has euclidean, optimizer"):
+        profile_of(cube, metric="cosine")
+    with pytest.raises(CubeError, match="no costs of the model 'measured'; it has tokens"):
+        profile_of(cube, cost_model="measured")
+
+
+def test_an_axis_may_not_take_a_name_of_the_cube(tmp_path: Path) -> None:
+    class Clash(LineTask):
+        grid = Grid({"metric": ("a", "b")}, Strategy(metric="a"))
+
+        def cost(self, strategy: Strategy) -> float:
+            return 1.0
+
+    with pytest.raises(CubeError, match="cannot be called 'metric'"):
+        profile(Clash(), make_checkpoints(tmp_path / "c"), tmp_path / "cube.nc", options=OPTIONS)

@@ -1,0 +1,188 @@
+"""The profile: right numbers, the same numbers in any order and after any interruption, failures that stay local."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from gradscope import Grid, ProfileOptions, Strategy, open_cube, profile
+from gradscope.cube import DONE, FAILED, PENDING, digest_of
+from gradscope.engines import derive_seed
+from gradscope.errors import CheckpointError, CubeError, Interrupted, TaskError, UsageError
+from gradscope.tasks import PretrainTask
+from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
+
+OPTIONS = ProfileOptions(samples=40, seed=3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoints(tmp_path / "ckpt_dir")
+
+
+def test_a_cell_is_the_plain_formula_on_gradients_by_backward(folder: Path, tmp_path: Path) -> None:
+    tree, _ = profile(LineTask(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    task, strategy, m_total = LineTask(), Strategy(keep="half", noise=0.5), 5
+    model = task.load(folder / "step-5.pt")
+    rows: dict[Strategy, list[torch.Tensor]] = {strategy: [], task.grid.reference: []}
+    for m, batch in zip(range(m_total), task.batches(8, 3), strict=False):
+        for s, gradients in rows.items():
+            seed = derive_seed(3, 5, m, s)
+            torch.manual_seed(seed)
+            loss = task.loss(model, batch, s, torch.Generator().manual_seed(seed))
+            gradients.append(
+                torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
+            )
+    g, z = (torch.stack(rows[s]) for s in rows)
+    d = g - z
+    cell = tree.dataset.sel(progress=0.5, keep="half", noise=0.5, metric="euclidean")
+    spread = (g - g.mean(0)).square().sum()
+    assert float(cell["variance"]) == pytest.approx(float(8 / 4 * spread), rel=1e-5)
+    noise = (d - d.mean(0)).square().sum() / (m_total * (m_total - 1))
+    assert float(cell["bias_sq"]) == pytest.approx(float(d.mean(0).square().sum() - noise), rel=1e-4)
+    assert float(cell["bias_sq_plugin"]) == pytest.approx(float(d.mean(0).square().sum()), rel=1e-5)
+    expected = (max(float(cell["bias_sq"]), 0) + float(cell["variance"]) / 8 * (1.5 / 1.5) / 3) / float(
+        cell["norm_sq_ref"]
+    )
+    assert float(cell["ca_mse"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_cube_is_complete_and_labelled(folder: Path, tmp_path: Path) -> None:
+    profile(LineTask(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    tree = open_cube(tmp_path / "cube.nc")
+    cube = tree.dataset
+    assert cube["bias_sq"].dims == ("progress", "keep", "noise", "metric")
+    assert list(cube["keep"].values) == ["all", "half"] and list(cube["progress"].values) == [0, 0.5, 1]
+    assert (cube["status"] == DONE).all() and (cube["n_samples"] == 40).all()
+    reference = cube.sel(keep="all", noise=0)
+    assert (reference["bias_sq"] == 0).all() and (reference["bias_sq_se"] == 0).all()
+    np.testing.assert_allclose(reference["norm_sq"], reference["norm_sq_ref"])
+    groups = tree["param_groups"].dataset
+    np.testing.assert_allclose(groups["variance"].sum("param_group"), cube["variance"], rtol=1e-6)
+    variances = np.diagonal(cube["moment_cov"].values, axis1=-2, axis2=-1)
+    np.testing.assert_allclose(np.sqrt(variances[..., 1]), cube["variance_se"].values, rtol=1e-6)
+
+
+def test_order_of_cells_and_size_of_groups_change_nothing(folder: Path, tmp_path: Path) -> None:
+    first, _ = profile(LineTask(), folder, tmp_path / "a.nc", options=OPTIONS)
+    backwards = ProfileOptions(samples=40, seed=3, group_size=1, order=lambda strategies: list(reversed(strategies)))
+    second, _ = profile(LineTask(), folder, tmp_path / "b.nc", options=backwards)
+    assert_identical(first, second)
+
+
+def assert_identical(first: xr.DataTree, second: xr.DataTree) -> None:
+    for a, b in ((first.dataset, second.dataset), (first["param_groups"].dataset, second["param_groups"].dataset)):
+        xr.testing.assert_identical(a.drop_attrs(), b.drop_attrs())
+    assert digest_of(first.dataset) == digest_of(second.dataset)
+
+
+@pytest.mark.parametrize("at", [1, 7, 16, 29])
+def test_a_killed_profile_continues_to_the_same_cube(folder: Path, tmp_path: Path, at: int) -> None:
+    whole, _ = profile(LineTask(), folder, tmp_path / "whole.nc", options=OPTIONS)
+    options = ProfileOptions(samples=40, seed=3, group_size=2)
+    calls = 0
+
+    def stop(fraction: float, text: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped:
+        profile(LineTask(), folder, tmp_path / "cube.nc", options=options, report=stop)
+    assert stopped.value.exit_code == 143
+    resumed, summary = profile(LineTask(), folder, tmp_path / "cube.nc", options=options)
+    assert summary.reused + summary.measured == 18 and (summary.reused > 0) == (at > 5)
+    assert_identical(whole, resumed)
+    assert_identical(whole, open_cube(tmp_path / "cube.nc"))
+
+
+def test_nothing_is_measured_twice_but_new_cells_and_more_samples_are(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cube.nc"
+    profile(LineTask(), folder, out, options=OPTIONS)
+    assert profile(LineTask(), folder, out, options=OPTIONS)[1].units == 0
+    make_checkpoints(folder, (20,))
+    _, summary = profile(LineTask(), folder, out, options=OPTIONS)  # 5 and 10 now lie at other progress
+    assert (summary.reused, summary.measured) == (6, 18)
+    (folder / "step-20.pt").unlink()
+    before = out.read_bytes()
+    with pytest.raises(CubeError, match=r"progress=0.25, .* no place in the new grid; use --overwrite"):
+        profile(LineTask(), folder, out, options=OPTIONS)
+    assert out.read_bytes() == before
+    profile(LineTask(), folder, out, options=OPTIONS, overwrite=True)
+    wider = LineTask()
+    wider.grid = Grid({**LineTask.grid.axes, "noise": (0, 0.5, 1, 2)}, LineTask.grid.reference)
+    _, summary = profile(wider, folder, out, options=OPTIONS)
+    assert (summary.reused, summary.measured) == (18, 6)
+    tree, summary = profile(wider, folder, out, options=ProfileOptions(samples=48, seed=3))
+    assert summary.measured == 24 and (tree["n_samples"] == 48).all()
+
+
+def test_a_changed_checkpoint_is_measured_again(folder: Path, tmp_path: Path) -> None:
+    profile(LineTask(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    (folder / "step-5.pt").write_bytes(b"other weights")
+    assert profile(LineTask(), folder, tmp_path / "cube.nc", options=OPTIONS)[1].measured == 6
+
+
+def test_another_profiles_file_is_refused_by_name_of_the_change(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cube.nc"
+    profile(LineTask(), folder, out, options=OPTIONS)
+    before = out.read_bytes()
+    for options, name in (
+        (ProfileOptions(samples=40, seed=4), "seed"),
+        (ProfileOptions(samples=40, seed=3, batch_size=10), "batch_size"),
+    ):
+        with pytest.raises(CubeError, match=rf"another {name}.*--overwrite"):
+            profile(LineTask(), folder, out, options=options)
+    assert out.read_bytes() == before
+    profile(LineTask(), folder, out, options=ProfileOptions(samples=40, seed=4), overwrite=True)
+    assert open_cube(out).attrs["seed"] == 4
+
+
+def test_failing_cells_are_marked_and_the_rest_is_measured(folder: Path, tmp_path: Path) -> None:
+    tree, summary = profile(FailingTask(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    status = tree["status"]
+    assert (status.sel(keep="half", noise=2) == FAILED).all() and (status.sel(keep="all", noise=2) == FAILED).all()
+    assert int((status == DONE).sum()) == 12 and not (status == PENDING).any()
+    assert np.isnan(tree["bias_sq"].sel(keep="half", noise=2)).all()
+    assert summary.failures["progress=0.5,keep=half,noise=2"] == "RuntimeError: out of memory, say"
+    assert "the loss is nan" in summary.failures["progress=0,keep=all,noise=2"]
+
+
+def test_wrong_use_is_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"2 sub-batches of 8.*--samples 24"):
+        profile(LineTask(), folder, tmp_path / "cube.nc", options=ProfileOptions(samples=16))
+    with pytest.raises(CheckpointError, match="no checkpoint found"):
+        profile(LineTask(), make_checkpoints(tmp_path / "empty", ()), tmp_path / "cube.nc")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        profile(LineTask(), tmp_path / "absent", tmp_path / "cube.nc")
+
+    class Short(LineTask):
+        def batches(self, size, seed):  # type: ignore[no-untyped-def]
+            yield next(super().batches(size, seed))
+
+    with pytest.raises(TaskError, match="ended before 5 sub-batches"):
+        profile(Short(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    assert not (tmp_path / "cube.nc").exists()
+
+
+def test_bundled_checkpoints_profile_with_adams_moment(small_run: Path, tmp_path: Path) -> None:
+    task = PretrainTask.from_folder(small_run)
+    tree, _ = profile(task, small_run, tmp_path / "cube.nc", options=ProfileOptions(samples=48))
+    cube = tree.dataset
+    assert (cube["status"] == DONE).all() and cube["status"].shape == (5, 2, 2)
+    assert {"backbone.blocks.0", "projector", "predictor"} <= set(tree["param_groups"]["param_group"].values)
+    assert list(cube["tokens_query"].sel(dropout=0.5).values) == [25, 9]
+    assert float(cube["cost"].sel(cost_model="tokens", patch=4, dropout=0)) == 4
+    assert "patch=7,dropout=0.5" in cube.attrs["training_json"]
+    model = task.load(task.checkpoints(small_run)[2].path)
+    moment = task.second_moment(task.checkpoints(small_run)[2].path, model)
+    assert moment is not None and all(
+        moment[name].shape == p.shape for name, p in model.named_parameters() if p.requires_grad
+    )
+    assert task.second_moment(task.checkpoints(small_run)[0].path, model) is None

@@ -1,0 +1,249 @@
+"""The report: complete, self-contained, and safe with any text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xarray as xr
+from plotly.offline import get_plotlyjs
+
+from gradscope.plots._theme import with_error
+from gradscope.report import build_report, write_report
+from schedulers.errors import UsageError
+from schedulers.schedule import Schedule, Stage
+from schedulers.strategy import Strategy
+from tests.gradscope.cube_samples import sample_cube, sample_runs, sample_schedule
+
+EVIL = "<script>evil()</script>"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, scripts, and the text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self._inside = ""
+        self.feed(text)
+        self.close()
+        self.text = " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.words.append(data)
+
+    def named(self, tag: str) -> Iterator[dict[str, str | None]]:
+        return (attributes for name, attributes in self.tags if name == tag)
+
+
+@pytest.fixture(scope="module")
+def cube() -> xr.Dataset:
+    return sample_cube()
+
+
+@pytest.fixture(scope="module")
+def parts(cube: xr.Dataset) -> dict[str, Any]:
+    table: list[dict[str, str | float]] = [
+        {"run": "no acceleration", "budget": "4M", "samples": 1_176_471, "seconds": 812.4, "kNN accuracy": 0.788},
+        {"run": "schedule", "budget": "4M", "samples": 6_600_000, "seconds": 805.91, "kNN accuracy": 0.81},
+    ]
+    return {
+        "cube": cube,
+        "schedule": sample_schedule(cube),
+        "runs": sample_runs(rows=60),
+        "table": table,
+        "title": "A profile",
+    }
+
+
+@pytest.fixture(scope="module")
+def html(parts: dict[str, Any]) -> str:
+    return build_report(**parts)
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_plotly_is_embedded_once(html: str, page: Page) -> None:
+    assert html.count(get_plotlyjs()) == 1
+    assert sum(len(script) > 1_000_000 for script in page.scripts) == 1
+    assert len([a for a in page.named("div") if "plotly-graph-div" in (a.get("class") or "")]) == 8
+
+
+def test_nothing_is_fetched(page: Page) -> None:
+    assert not [attributes for _, attributes in page.tags if {"src", "href", "srcset"} & attributes.keys()]
+    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "img", "object", "base")]
+    policy = next(a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and policy.startswith("default-src 'none'") and "http" not in policy
+
+
+def test_styles_fetch_nothing(html: str) -> None:
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_nothing_plays_on_load(page: Page) -> None:
+    figures = [script for script in page.scripts if "Plotly.newPlot" in script and len(script) < 1_000_000]
+    assert len(figures) == 8
+    assert not any("Plotly.animate" in script for script in figures)
+    assert sum("Plotly.addFrames" in script for script in figures) == 6
+
+
+def test_it_is_one_document_and_the_same_each_time(html: str, parts: dict[str, Any]) -> None:
+    for tag in ("<!doctype html>", "<html", "<head>", "<body>", "</html>"):
+        assert html.count(tag) - get_plotlyjs().count(tag) == 1
+    assert build_report(**parts) == html
+
+
+def test_words_come_before_figures_and_provenance_last(page: Page) -> None:
+    order = [
+        "A profile",
+        "Best strategy at each progress",
+        "The schedule",
+        "What is uncertain",
+        "Results",
+        "Strategies over training",
+        "The schedule over its budget",
+        "Training runs",
+        "Provenance",
+    ]
+    places = [page.text.index(f"{heading} ", 1 if i == 0 else 0) for i, heading in enumerate(order)]
+    assert places == sorted(places)
+
+
+def test_best_strategies_are_told_with_their_errors(cube: xr.Dataset, page: Page) -> None:
+    scores = cube["descent"].sel(metric="optimizer", progress=0.5).stack(cell=("patch", "dropout"))
+    best = scores.isel(cell=int(scores.argmax("cell")))
+    error = cube["descent_se"].sel(metric="optimizer", progress=0.5, patch=best["patch"], dropout=best["dropout"])
+    name = f"patch {int(best['patch'])}, dropout {float(best['dropout']):g}"
+    assert f"{name} {with_error(float(best), float(error))}" in page.text
+
+
+def test_the_schedule_is_told_in_numbers(page: Page) -> None:
+    assert "25 to 70 % 1M to 2.8M units patch 4, dropout 0 1.02 1.773M 0.342 ± 0.011" in page.text
+    assert "80% patch 2, dropout 0 20% patch 4, dropout 0" in page.text
+    assert "The budget of 4M units pays for 6.603M samples, 6.6 times as many as the reference alone." in page.text
+
+
+def test_results_are_told_with_aligned_decimals(page: Page) -> None:
+    assert "no acceleration 4M 1,176,471 812.4 0.788" in page.text
+    assert "schedule 4M 6,600,000 805.9 0.810" in page.text
+
+
+def test_uncertainties_name_untrained_failed_and_pending(page: Page) -> None:
+    assert "never trained under patch 7, dropout 0.5" in page.text
+    assert "Failed: patch 4, dropout 0.5 at progress 0.5." in page.text
+    assert "2 of 45 cells are not measured yet." in page.text
+    assert "within two standard errors of it" in page.text
+    assert "made from another cube" not in page.text
+
+
+def test_provenance_holds_every_attribute_and_failure(cube: xr.Dataset, page: Page) -> None:
+    tail = page.text[page.text.index("Provenance") :]
+    for name in cube.attrs:
+        assert name == "failures_json" or name in tail
+    assert "progress=0.5,patch=4,dropout=0.5 out of memory" in tail
+    assert "step-001000.pt" in tail
+
+
+def test_a_schedule_of_another_cube_is_said_to_be_one(cube: xr.Dataset) -> None:
+    other = sample_schedule(sample_cube(seed=1))
+    assert "made from another cube" in Page(build_report(cube=cube, schedule=other)).text
+
+
+def test_the_schedules_metric_and_criterion_lead(cube: xr.Dataset) -> None:
+    stage = Stage(0.0, 1.0, ((Strategy(patch=2, dropout=0), 1.0),), 4.0)
+    found = Page(build_report(cube=cube, schedule=Schedule((stage,), criterion="ca-mse", metric="euclidean")))
+    assert "In the euclidean metric." in found.text and "best by ca-mse" in found.text
+
+
+def test_every_text_is_escaped() -> None:
+    cube = sample_cube()
+    cube = cube.assign_coords(
+        dropout=["none", EVIL, "half"],
+        checkpoint=("progress", [EVIL] * 5),
+        checkpoint_sha256=("progress", [EVIL] * 5),
+        cost_model=[EVIL, "paper", "measured"],
+        metric=["euclidean", EVIL],
+    )
+    cube["patch"].attrs["units"] = EVIL
+    cube.attrs.update({name: EVIL for name in ("title", "source", "history", "method", "model_name", EVIL)})
+    cube.attrs["reference"] = "patch=2,dropout=none"
+    cube.attrs["failures_json"] = json.dumps({EVIL: EVIL})
+    cube.attrs["config_json"] = json.dumps({EVIL: [EVIL]})
+    cube.attrs["training_json"] = json.dumps({"strategies": [], "schedule": EVIL})
+    strategy = Strategy(patch=4, dropout=EVIL)
+    stage = Stage(0.0, 1.0, ((strategy, 0.9), (Strategy(patch=4, dropout=EVIL + "2"), 0.1)), 1.0, 0.5, 0.1)
+    schedule = Schedule(
+        (stage,),
+        budget=1e6,
+        cost_model=EVIL,
+        criterion=EVIL,
+        metric=EVIL,
+        constraints={EVIL: EVIL},
+        cube_digest=EVIL,
+        library_version=EVIL,
+    )
+    runs = {EVIL: [{"units": 1.0, "loss": 1.0, "accuracy": 0.5, "strategy": EVIL}]}
+    table: list[dict[str, str | float]] = [{EVIL: EVIL, "accuracy": 0.5}]
+    plain = build_report(cube=sample_cube(), schedule=sample_schedule(sample_cube()), runs=sample_runs(rows=20))
+    html = build_report(cube=cube, schedule=schedule, runs=runs, table=table, title=EVIL)
+    assert "<script>evil" not in html and "evil()</script>" not in html
+    assert len(Page(html).scripts) == len(Page(plain).scripts)
+    assert EVIL in Page(html).text
+
+
+@pytest.mark.parametrize("name", ["cube", "schedule", "runs", "table"])
+def test_each_part_makes_a_report_alone(parts: dict[str, Any], name: str) -> None:
+    html = build_report(**{name: parts[name]})
+    assert "gradscope report" in html
+    assert html.count(get_plotlyjs()) == (name != "table")
+
+
+def test_a_tree_is_reported_as_its_root(cube: xr.Dataset) -> None:
+    assert build_report(cube=xr.DataTree(cube)) == build_report(cube=cube)
+
+
+def test_a_cube_of_one_metric_and_no_values_is_reported(cube: xr.Dataset) -> None:
+    started = sample_cube(holes=False).isel(metric=[0])
+    started = started.map(lambda v: v.where(False) if "metric" in v.dims else v, keep_attrs=True)
+    started = started.assign_attrs(cube.attrs)
+    started["status"] = started["status"] * 0
+    assert "45 cells: 0 measured, 45 pending" in Page(build_report(cube=started)).text
+
+
+@pytest.mark.parametrize("empty", [{}, {"runs": {}, "table": []}])
+def test_nothing_to_report_is_refused(empty: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="nothing to show"):
+        build_report(**empty)
+
+
+def test_a_report_that_fails_leaves_the_old_one(tmp_path: Path, parts: dict[str, Any]) -> None:
+    target = tmp_path / "report.html"
+    write_report(target, table=parts["table"])
+    first = target.read_text(encoding="utf-8")
+    assert "kNN accuracy" in first
+    with pytest.raises(UsageError):
+        write_report(target, runs={"broken": [{"loss": 1.0}]})
+    assert target.read_text(encoding="utf-8") == first
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

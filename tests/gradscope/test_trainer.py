@@ -1,0 +1,190 @@
+"""The trainer: its budget, its checkpoints, and a resumed run that equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradscope.checkpoints import list_checkpoints, load_checkpoint
+from gradscope.cli.training import make_schedule
+from gradscope.config import Setting, TrainConfig
+from gradscope.errors import CheckpointError, InfeasibleError, Interrupted, UsageError
+from gradscope.evaluation import extract_features, finetune_accuracy, knn_accuracy, linear_accuracy
+from gradscope.trainer import load_run, read_log, train
+from schedulers import Strategy
+
+Make = Callable[..., Setting]
+
+
+def run(setting: Setting, out: Path, schedule: str = "mixed", **options: object):  # type: ignore[no-untyped-def]
+    return train(setting, make_schedule(schedule, setting), out, **options)  # type: ignore[arg-type]
+
+
+def test_the_budget_is_spent_to_within_one_step(make_setting: Make, tmp_path: Path) -> None:
+    setting = make_setting()
+    result = run(setting, tmp_path / "run", "patch=7,dropout=0.5@0.5;patch=4")
+    cheap, full = (16 * setting.new_model().cost(Strategy(patch=p, dropout=d)) for p, d in ((7, 0.5), (4, 0)))
+    assert setting.config.budget - full < result.units <= setting.config.budget
+    log = [row for row in read_log(tmp_path / "run") if "loss" in row]
+    units = sum({"patch=7,dropout=0.5": cheap, "patch=4,dropout=0": full}[row["strategy"]] for row in log)
+    assert units == pytest.approx(result.units) and result.samples == 16 * result.step == 16 * len(log)
+    switch = next(i for i, row in enumerate(log) if row["strategy"] == "patch=4,dropout=0")
+    assert log[switch - 1]["units"] >= 200 > log[switch - 2]["units"]
+
+
+def test_checkpoints_lie_at_the_asked_progress(small_run: Path) -> None:
+    found = list_checkpoints(small_run)
+    assert [c.step for c in found] == sorted(c.step for c in found)
+    for checkpoint, wanted in zip(found, (0, 0.25, 0.5, 0.75, 1), strict=True):
+        assert abs(checkpoint.progress - wanted) <= 16 * 4 / 400
+    assert not (small_run / "resume.pt").exists()
+
+
+def test_log_rows_carry_what_is_documented(small_run: Path) -> None:
+    rows = read_log(small_run)
+    keys = {"step", "units", "samples", "fraction", "strategy", "loss", "lr", "samples_per_second", "seconds"}
+    assert set(rows[0]) == keys
+    assert [round(r["fraction"], 1) for r in rows if "accuracy" in r][-1] == 1.0
+    assert max(r["lr"] for r in rows if "lr" in r) <= 1.5e-3 * 16 / 256
+
+
+def test_a_stopped_run_continues_to_the_same_parameters(make_setting: Make, tmp_path: Path) -> None:
+    setting = make_setting()
+    run(setting, tmp_path / "whole")
+    for at in (3, 12):
+        count = 0
+
+        def stop(fraction: float, text: str, at: int = at) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(Interrupted, match="run the same command") as stopped:
+            run(setting, tmp_path / f"part-{at}", report=stop)
+        assert stopped.value.exit_code == 130
+        assert (tmp_path / f"part-{at}" / "resume.pt").exists()
+        run(setting, tmp_path / f"part-{at}")
+        whole, part = (load_checkpoint(list_checkpoints(tmp_path / name)[-1].path) for name in ("whole", f"part-{at}"))
+        assert all(torch.equal(value, part["model"][name]) for name, value in whole["model"].items())
+        moments = [c["optimizer"]["state"][0]["exp_avg_sq"] for c in (whole, part)]
+        assert torch.equal(*moments)
+        logs = [
+            [{k: r[k] for k in ("step", "units", "loss", "strategy") if k in r} for r in json.loads(c["log"])]
+            for c in (whole, part)
+        ]
+        assert logs[0] == logs[1]
+
+
+def test_a_finished_run_is_not_touched_again(make_setting: Make, tmp_path: Path) -> None:
+    setting = make_setting()
+    first = run(setting, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("step-*.pt")}
+    assert run(setting, tmp_path / "run") == first
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("step-*.pt")} == before
+
+
+def test_the_folder_of_another_run_is_refused(make_setting: Make, tmp_path: Path) -> None:
+    run(make_setting(), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another seed; choose another --out"):
+        run(make_setting(seed=1), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another schedule"):
+        run(make_setting(), tmp_path / "run", "none")
+
+
+def test_a_truncated_checkpoint_is_named(small_run: Path) -> None:
+    last = sorted(small_run.glob("step-*.pt"))[-1]
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=rf"{last.name}: cannot be read as a checkpoint"):
+        list_checkpoints(small_run)
+
+
+def test_loading_runs_no_code(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"format": 1, "config": Payload()}, tmp_path / "step-1.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(tmp_path / "step-1.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_budget_below_one_step_names_the_smallest(make_setting: Make, tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleError, match="smallest budget that does is 64") as error:
+        run(make_setting(budget=60.0), tmp_path / "run", "none")
+    assert error.value.smallest == 64 and error.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "byol"}, "method 'byol' cannot be trained; the methods are mocov3"),
+        ({"model": "huge"}, "unknown model 'huge'"),
+        ({"batch_size": 1}, "batch_size is 1"),
+        ({"batch_size": 500}, "larger than the 192 images"),
+        ({"patches": (5,)}, "patch=5 does not divide image_size=28"),
+        ({"decay": "linear"}, "linear"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make_setting: Make, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_setting(**changes)
+
+
+def test_configuration_round_trip(make_setting: Make) -> None:
+    config = make_setting().config
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(UsageError, match="unknown setting 'momentun'"):
+        TrainConfig.from_dict({"budget": 1.0, "momentun": 0.9})
+
+
+def test_knn_is_a_weighted_vote_of_the_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train_ND, test_MD = torch.randn(40, 6, generator=generator), torch.randn(15, 6, generator=generator)
+    labels_N, labels_M = (
+        torch.randint(0, 3, (40,), generator=generator),
+        torch.randint(0, 3, (15,), generator=generator),
+    )
+    right = 0
+    for x, label in zip(test_MD, labels_M, strict=True):
+        cosine = [float(torch.cosine_similarity(x, t, dim=0)) for t in train_ND]
+        nearest = sorted(range(40), key=lambda i: -cosine[i])[:7]
+        votes = [
+            sum(torch.tensor(cosine[i] / 0.07).exp().item() for i in nearest if labels_N[i] == c) for c in range(3)
+        ]
+        right += votes.index(max(votes)) == label
+    assert knn_accuracy(train_ND, labels_N, test_MD, labels_M, k=7) == pytest.approx(right / 15)
+    with pytest.raises(UsageError, match="k=41 neighbours"):
+        knn_accuracy(train_ND, labels_N, test_MD, labels_M, k=41)
+
+
+def test_linear_probe_separates_what_is_separable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    features = torch.nn.functional.one_hot(labels, 3).float() @ torch.randn(3, 5, generator=generator) * 3
+    features = features + 0.3 * torch.randn(90, 5, generator=generator)
+    assert linear_accuracy(features[:60], labels[:60], features[60:], labels[60:]) == 1.0
+    assert linear_accuracy(torch.randn(60, 5, generator=generator), labels[:60], features[60:], labels[60:]) < 0.8
+
+
+def test_fine_tuning_learns_and_leaves_the_backbone_alone(small_run: Path) -> None:
+    setting, model, _ = load_run(list_checkpoints(small_run)[-1].path)
+    before = [p.clone() for p in model.backbone.parameters()]
+    accuracy = finetune_accuracy(model.backbone, setting.data, epochs=20, batch_size=32, lr=2e-3)
+    assert accuracy > 0.4  # ten classes
+    assert all(torch.equal(a, b) for a, b in zip(before, model.backbone.parameters(), strict=True))
+
+
+def test_features_ignore_the_training_mode_and_leave_it(small_run: Path) -> None:
+    setting, model, _ = load_run(list_checkpoints(small_run)[-1].path)
+    images = setting.data.test_images
+    first = extract_features(model.backbone, images, setting.data, batch_size=7)
+    assert model.backbone.training
+    torch.testing.assert_close(first, extract_features(model.backbone.eval(), images, setting.data))
+    assert not model.backbone.training

@@ -18,6 +18,7 @@ from gradscope.models import VIT_SIZES
 from schedulers import METHOD_FORMULAS, Decay, Grid, Strategy, kept_tokens, patch_tokens
 
 METHODS = ("mocov3",)
+PUBLISHED = {"lr": 1.5e-4, "head_hidden": 4096, "head_width": 256}  # MoCo-v3's for ViT-S and ViT-B
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class TrainConfig:
     `patches` and `dropouts` span the grid of strategies, for mixed runs and as the profile's default.
     `lr` is the learning rate at a batch of 256, scaled linearly with the batch. `warmup` is a fraction of
     the budget. `checkpoints` and `evaluations` are fractions of the budget. The recipe's constants
-    (weight decay, temperature, momentum, frozen patch embedding) default to MoCo-v3's.
+    (weight decay, temperature, momentum, frozen patch embedding) default to MoCo-v3's; learning rate, batch
+    and heads to what suits the demo's small model (the rate is tuned for its unaccelerated run). For the
+    published sizes start from `for_model`.
     """
 
     budget: float
@@ -38,8 +41,8 @@ class TrainConfig:
     patch: int = 2
     patches: tuple[int, ...] = (2, 4, 7)
     dropouts: tuple[float, ...] = (0.0, 0.25, 0.5)
-    batch_size: int = 128
-    lr: float = 1.5e-3
+    batch_size: int = 64
+    lr: float = 4e-3
     weight_decay: float = 0.1
     warmup: float = 0.1
     decay: str = "cosine"
@@ -91,6 +94,11 @@ class TrainConfig:
             for dropout in dropouts:
                 kept_tokens(patch_tokens(image_size, patch), dropout)
         return Grid({"patch": patches, "dropout": dropouts}, self.reference, {"patch": "pixel"})
+
+    @classmethod
+    def for_model(cls, model: str, **values: Any) -> TrainConfig:
+        """A configuration whose defaults suit `model`: the published learning rate and heads for all but the demo's."""
+        return cls(model=model, **{**({} if model == "demo" else PUBLISHED), **values})
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -54,8 +54,11 @@ def train(
     grid: Annotated[
         str | None, typer.Option(help="Strategies for mixed runs and profiles, as patch=2,4,7;dropout=0,0.5.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 128,
-    lr: Annotated[float | None, typer.Option(help="Learning rate at batch 256, scaled with the batch.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate at batch 256, scaled with the batch; default 4e-3 for demo, else 1.5e-4."),
+    ] = None,
     decay: Annotated[str, typer.Option(help="cosine, polynomial or constant, over the spent budget.")] = "cosine",
     seed: Seed = 0,
     settings: Annotated[
@@ -184,7 +187,7 @@ def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -
         if isinstance(types[key], int | float | str | bool | tuple) and type(read) is not type(types[key]):
             raise UsageError(f"--set {text!r}: {value!r} is not a {type(types[key]).__name__}")
         values[key] = read
-    return TrainConfig(**values)
+    return TrainConfig.for_model(**values)
 
 
 def make_schedule(text: str, setting: Setting) -> Schedule:

@@ -20,7 +20,7 @@ from gradscope.tasks import PretrainTask
 from gradscope.trainer import TrainResult, read_log, train
 from schedulers import constant_schedule, format_count, mixed_schedule, optimize, save_schedule, token_cost
 
-BUDGET = 150e3
+BUDGET = 120e3
 SAMPLES = 1024
 PILOT, PLAIN, OPTIMIZED = "ckpt_dir", "none", "optimized"
 

@@ -70,32 +70,25 @@ class Profile:
         """Units per sample of the reference; NaN when its cost is not known."""
         return float(self.cost[self.reference_index])
 
-    def at(self, progress_points: ArrayLike) -> Moments:
-        """Moments (N, C) at `progress_points` (N,), made `readable` and each quantity interpolated by `interpolate`."""
-        return readable(self.moments, self.covariance).map(
-            lambda values: interpolate(self.progress, values, progress_points)
-        )
-
     def scores(self, criterion: str | Criterion, progress_points: ArrayLike) -> tuple[FloatArray, FloatArray]:
         """Score and its standard error, both (N, C), at `progress_points` (N,).
 
-        The score is that of the interpolated moments. The standard error is found at the profiled
-        points (`criterion_se`) and interpolated as a positive quantity, which takes neighbouring
-        points as fully correlated; it is NaN without a covariance.
+        Both are found at the profiled points, from moments made `readable`, and then interpolated by
+        `interpolate`. The scores are interpolated and not the moments: a gradient's moments fall by orders
+        of magnitude in early training, and moments that are each interpolated on their own (one in the
+        logarithm, another, having changed its sign, linearly) need not belong to any gradient, whereas a
+        score between two scores is always in range. Neighbouring points count as fully correlated. The
+        standard error is NaN without a covariance.
         """
         chosen = get_criterion(criterion)
+        moments = readable(self.moments, self.covariance)
         batch, ref = self.batch_size, self.reference_cost
-        score = chosen.score(self.at(progress_points), self.cost, beta=self.beta, batch_size=batch, reference_cost=ref)
+        score = chosen.score(moments, self.cost, beta=self.beta, batch_size=batch, reference_cost=ref)
+        score = interpolate(self.progress, score, progress_points)
         if self.covariance is None:
             return score, np.full(score.shape, np.nan)
         se = criterion_se(
-            chosen,
-            readable(self.moments, self.covariance),
-            self.covariance,
-            self.cost,
-            beta=self.beta,
-            batch_size=batch,
-            reference_cost=ref,
+            chosen, moments, self.covariance, self.cost, beta=self.beta, batch_size=batch, reference_cost=ref
         )
         return score, interpolate(self.progress, se, progress_points)
 

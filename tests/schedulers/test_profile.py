@@ -74,23 +74,24 @@ def test_profiled_points_are_met_exactly(values: list[float]) -> None:
     assert interpolate(progress, np.array(values)[:, None], progress)[:, 0].tolist() == values
 
 
-def test_each_moment_of_each_strategy_is_interpolated() -> None:
-    table = np.arange(1.0, 7.0).reshape(3, 2)
-    moments = profile(moments=Moments(table, table + 10, table + 20, -table, table + 40)).at([0.25, 0.5])
-    assert moments.shape == (2, 2)
-    assert_allclose(moments.variance[0], np.sqrt([11 * 13, 12 * 14]))
-    assert_allclose(moments.inner[0], [-2, -3])
-    assert_allclose(moments.norm_sq_ref[1], [43, 44])
-
-
-def test_scores_are_those_of_the_interpolated_moments() -> None:
-    bias = np.array([[0.1, 0.0], [0.4, 0.0], [0.4, 0.0]])
-    base = profile()
+def test_scores_are_interpolated_and_not_the_moments() -> None:
+    """Between points whose moments lie five decades apart and change sign, the score stays between its neighbours'."""
+    scale = np.array([[1e5], [1.0], [1.0]])
     ones = np.ones((3, 2))
-    score, se = profile(moments=Moments(bias, ones * 10, ones, ones, ones * 2)).scores("ca-mse", [0.25])
-    assert_allclose(score, [[(0.2 + 1 / 32 * 10) / 2, (0 + 4 / 32 * 10) / 2]])
+    inner = scale * [[0.9, 1.0], [-0.5, 1.0], [-0.5, 1.0]]
+    found = profile(moments=Moments(ones * scale * 0.1, ones * scale, ones * scale, inner, ones * scale))
+    score, se = found.scores("descent", [0.0, 0.25, 0.5])
+    first, last = 0.81 / (1 + 1 / 32), -0.25 / (1 + 1 / 32)
+    assert_allclose(score[:, 0], [first, (first + last) / 2, last])
     assert np.isnan(se).all()
-    assert base.scores("descent", [0.1, 0.2, 0.3])[0].shape == (3, 2)
+
+
+def test_positive_scores_are_interpolated_in_the_logarithm() -> None:
+    bias = np.array([[0.1, 0.0], [0.4, 0.0], [0.4, 0.0]])
+    ones = np.ones((3, 2))
+    score, _ = profile(moments=Moments(bias, ones * 10, ones, ones, ones * 2)).scores("ca-mse", [0.25])
+    ends = [(b + 1 / 32 * 10) / 2 for b in (0.1, 0.4)]
+    assert_allclose(score, [[np.sqrt(ends[0] * ends[1]), 4 / 32 * 10 / 2]])
 
 
 def test_standard_errors_are_exact_on_profiled_points_and_between_them_elsewhere() -> None:

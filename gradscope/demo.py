@@ -21,7 +21,6 @@ from gradscope.trainer import TrainResult, read_log, train
 from schedulers import constant_schedule, format_count, mixed_schedule, optimize, save_schedule, token_cost
 
 BUDGET = 120e3
-SAMPLES = 1024
 PILOT, PLAIN, OPTIMIZED = "ckpt_dir", "none", "optimized"
 
 
@@ -93,7 +92,7 @@ def run_demo(
             PretrainTask(setting),
             out / PILOT,
             out / "cube.nc",
-            options=ProfileOptions(samples=SAMPLES, seed=seed),
+            options=ProfileOptions(seed=seed),
             report=progress.update,
         )
     schedule = optimize(profile_of(tree.dataset), budget)

@@ -41,6 +41,7 @@ from schedulers import Strategy
 from schedulers.schedule import library_version
 
 METRICS = ("euclidean", "optimizer")
+REPLICATES = 16
 SECOND_MOMENT_REPLICATES = 4
 SAVE_SECONDS = 5.0
 Report = Callable[[float, str], None]  # (fraction of the cells' work done, one line of news)
@@ -50,12 +51,12 @@ Report = Callable[[float, str], None]  # (fraction of the cells' work done, one 
 class ProfileOptions:
     """How much to measure and how.
 
-    `samples` per cell, rounded up to whole sub-batches of K; `batch_size` K, default the task's; `group_size`
-    strategies are measured side by side, each group computing the reference's gradients once (memory: two
+    `samples` per cell, rounded up to whole sub-batches of K, default 16 of them; `batch_size` is K, default
+    the task's; `group_size` strategies are measured side by side, each group computing the reference's gradients once (memory: two
     gradients per strategy); `order` is the order in which a checkpoint's strategies are taken.
     """
 
-    samples: int = 1024
+    samples: int | None = None
     batch_size: int | None = None
     seed: int = 0
     metrics: tuple[str, ...] = METRICS
@@ -68,6 +69,18 @@ class ProfileOptions:
                 raise UsageError(f"unknown metric {name!r}; the metrics are {', '.join(METRICS)}")
         if self.group_size < 1:
             raise UsageError(f"group_size is {self.group_size}; it must be at least 1")
+
+    def replicates(self, batch_size: int) -> int:
+        """Sub-batches of `batch_size` samples per cell. Raises UsageError when too few for standard errors."""
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; a sub-batch needs at least one sample")
+        count = REPLICATES if self.samples is None else -(-self.samples // batch_size)
+        if count < 3:
+            raise UsageError(
+                f"samples={self.samples} make {count} sub-batches of {batch_size}; "
+                f"standard errors need at least 3: use --samples {3 * batch_size} or more"
+            )
+        return count
 
 
 @dataclass
@@ -115,12 +128,7 @@ class _Profile:
     ) -> None:
         self.task, self.checkpoints, self.out, self.options, self.report = task, checkpoints, out, options, report
         self.batch_size = options.batch_size or task.batch_size
-        self.replicates = -(-options.samples // self.batch_size)
-        if self.batch_size < 1 or self.replicates < 3:
-            raise UsageError(
-                f"samples={options.samples} make {self.replicates} sub-batches of {self.batch_size}; "
-                f"standard errors need at least 3: use --samples {3 * self.batch_size} or more"
-            )
+        self.replicates = options.replicates(self.batch_size)
         self.digests = [file_digest(checkpoint.path) if checkpoint.path.is_file() else "" for checkpoint in checkpoints]
         self.summary = ProfileSummary()
         self.cube = self._empty_cube(folder)

@@ -34,7 +34,9 @@ def profile(
             envvar="GRADSCOPE_TASK",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples per cell.", envvar="GRADSCOPE_SAMPLES")] = 1024,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples per cell; default 16 sub-batches.", envvar="GRADSCOPE_SAMPLES")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Samples per sub-batch (K); default: the run's batch size.")
     ] = None,
@@ -67,7 +69,8 @@ def profile(
     options = ProfileOptions(samples=samples, batch_size=batch_size, seed=seed, group_size=group_size)
     if dry_run:
         checkpoints, strategies = measured.checkpoints(ckpt_dir), measured.grid.strategies()
-        units = len(checkpoints) * sum(measured.cost(s) * samples for s in strategies)
+        size = options.batch_size or measured.batch_size
+        units = len(checkpoints) * options.replicates(size) * size * sum(measured.cost(s) for s in strategies)
         facts: dict[str, Any] = {
             "checkpoints": len(checkpoints),
             "strategies": len(strategies),

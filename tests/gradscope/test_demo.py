@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import gradscope.demo
+import gradscope.profiler
 from gradscope.config import TrainConfig
 from gradscope.data import ImageData
 from gradscope.demo import run_demo
@@ -30,7 +31,7 @@ def small_demo(small_data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(gradscope.demo, "demo_config", config)
-    monkeypatch.setattr(gradscope.demo, "SAMPLES", 64)
+    monkeypatch.setattr(gradscope.profiler, "REPLICATES", 4)
 
 
 def test_demo_goes_round_and_continues_after_an_interruption(

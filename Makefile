@@ -35,6 +35,7 @@ venv: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
 	$(BIN)/gradscope demo $(ARGS)
+	@echo "to go on by hand: source $(BIN)/activate"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)

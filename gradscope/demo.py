@@ -62,7 +62,7 @@ class DemoResult:
             f"the profile cost {format_count(self.profile_units)} units; one seed is an anecdote: the "
             "README has several",
             f"report: {self.report}",
-            f"try: cd {folder} && gradscope profile {PILOT} && gradscope optimize --budget 2M && gradscope plot",
+            f"try, in {folder}: gradscope profile {PILOT} && gradscope optimize --budget 2M && gradscope plot",
         ]
 
 
@@ -109,16 +109,6 @@ def run_demo(
         cube=tree,
         schedule=schedule,
         runs={name: read_log(r.out) for name, r in results.items()},
-        table=[
-            {
-                "run": row.run,
-                "budget": format_count(row.budget),
-                "samples": f"{row.samples:,}",
-                "seconds": f"{row.seconds:.0f}",
-                "kNN accuracy": f"{row.knn_accuracy:.1%}",
-            }
-            for row in rows
-        ],
         title="gradscope demo: MoCo-v3 on Fashion-MNIST",
     )
     write_text(out / "results.json", json.dumps(result.facts(), indent=2) + "\n")

@@ -52,8 +52,9 @@ class ProfileOptions:
     """How much to measure and how.
 
     `samples` per cell, rounded up to whole sub-batches of K, default 16 of them; `batch_size` is K, default
-    the task's; `group_size` strategies are measured side by side, each group computing the reference's gradients once (memory: two
-    gradients per strategy); `order` is the order in which a checkpoint's strategies are taken.
+    the task's; `group_size` strategies are measured side by side, each group computing the reference's
+    gradients once (memory: two gradients per strategy); `order` is the order in which a checkpoint's
+    strategies are taken.
     """
 
     samples: int | None = None

@@ -91,7 +91,8 @@ def build_report(
         cube: profile; its best strategies, uncertainties, heat maps and provenance.
         schedule: its stages, marked in the heat maps too.
         runs: training logs by name (rows as `plot_training` takes them).
-        table: results of runs, a row each; columns are the keys in order of first appearance.
+        table: results of runs, a row each; columns are the keys in order of first appearance. By default what
+            each of `runs` spent and reached.
         title: heading and name of the page.
 
     Words and numbers come first, figures next, provenance last. plotly.js (about 5 MB) is embedded once and
@@ -105,19 +106,20 @@ def build_report(
         raise UsageError("report: nothing to show; give a cube, a schedule, training runs or a table of results")
     from gradscope import plots
 
+    table = table or tables.results_of(runs or {})
     shown = _Shown.of(cube, schedule) if cube is not None else None
     figures = _Figures()
     sections: list[str] = []
     if shown:
-        sections += [tables.cells_sentence(shown.view), _best_section(shown)]
+        sections.append(tables.cells_sentence(shown.view))
+    if table:
+        sections.append("<h2>Results</h2>" + tables.results_table(table))
     if schedule:
         view = shown.costs(schedule.cost_model) if shown else None
         sections.append("<h2>The schedule</h2>" + tables.schedule_table(schedule, view))
     if shown:
         said = tables.uncertainties(shown.dataset, shown.criterion, shown.metric, schedule)
-        sections.append("<h2>What is uncertain</h2>" + said)
-    if table:
-        sections.append("<h2>Results</h2>" + tables.results_table(table))
+        sections += [_best_section(shown), "<h2>What is uncertain</h2>" + said]
     if shown:
         sections.append(_cube_figures(shown, schedule, figures))
     if schedule:

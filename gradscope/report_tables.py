@@ -171,7 +171,10 @@ def uncertainties(cube: xr.Dataset, criterion: str, metric: str, schedule: Sched
         items.insert(
             0, f"By {escaped(criterion)} no strategy is within two standard errors of the best at any progress."
         )
-    return ties + "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+    said = "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
+    if ties:
+        said += f"<details><summary>Strategies that two standard errors do not tell apart</summary>{ties}</details>"
+    return said
 
 
 def ties_table(cube: xr.Dataset, view: CubeView, criterion: str) -> str:
@@ -201,6 +204,26 @@ def _disagreements(cube: xr.Dataset, view: CubeView) -> list[str]:
         return []
     names = ", ".join(map(escaped, winners))
     return [f"The criteria ({names}) prefer different strategies at progress {', '.join(points)}."]
+
+
+def results_of(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, str]]:
+    """A line of results for each training log: what it spent and the last accuracy it reached."""
+    lines = []
+    for name, rows in runs.items():
+        last = next((row for row in reversed(rows) if {"units", "samples", "seconds"} <= row.keys()), None)
+        if last is None:
+            continue
+        accuracy = next((row["accuracy"] for row in reversed(rows) if "accuracy" in row), None)
+        lines.append(
+            {
+                "run": name,
+                "units spent": format_count(last["units"]) if last["units"] else "0",
+                "samples": f"{last['samples']:,}",
+                "seconds": f"{last['seconds']:.0f}",
+                "kNN accuracy": "" if accuracy is None else f"{accuracy:.1%}",
+            }
+        )
+    return lines
 
 
 def results_table(rows: Sequence[Mapping[str, str | float]]) -> str:

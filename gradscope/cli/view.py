@@ -47,7 +47,10 @@ def demo(
 def plot(
     cube: Annotated[Path, typer.Argument(help="The cube.", envvar="GRADSCOPE_CUBE")] = Path("cube.nc"),
     schedule: Annotated[Path | None, typer.Option(help="A schedule; default schedule.json if there is one.")] = None,
-    run: Annotated[list[Path] | None, typer.Option(help="A training folder whose curves to show; repeatable.")] = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(help="A training folder whose curves to show; repeatable; default every one here."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The report.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
@@ -62,10 +65,9 @@ def plot(
 
     path = schedule or (Path("schedule.json") if Path("schedule.json").is_file() else None)
     plan = None if path is None else load_schedule(path)
-    runs = {folder.name or str(folder): read_log(folder) for folder in run or []}
-    write_report(
-        out, cube=open_cube(cube), schedule=plan, runs=runs or None, table=None, title=f"gradscope: {cube.stem}"
-    )
+    folders = run or [log.parent for log in sorted(Path().glob("*/log.jsonl"))]
+    runs = {folder.name or str(folder): read_log(folder) for folder in folders}
+    write_report(out, cube=open_cube(cube), schedule=plan, runs=runs, title=f"gradscope: {cube.stem}")
     emit(
         {"report": str(out), "cube": str(cube), "schedule": None if path is None else str(path)},
         [f"{out}: open it in a browser"],

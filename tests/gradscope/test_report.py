@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from gradscope.plots._theme import with_error
 from gradscope.report import build_report, write_report
+from gradscope.report_tables import results_of
 from schedulers.errors import UsageError
 from schedulers.schedule import Schedule, Stage
 from schedulers.strategy import Strategy
@@ -118,10 +119,10 @@ def test_it_is_one_document_and_the_same_each_time(html: str, parts: dict[str, A
 def test_words_come_before_figures_and_provenance_last(page: Page) -> None:
     order = [
         "A profile",
-        "Best strategy at each progress",
-        "The schedule",
-        "What is uncertain",
         "Results",
+        "The schedule",
+        "Best strategy at each progress",
+        "What is uncertain",
         "Strategies over training",
         "The schedule over its budget",
         "Training runs",
@@ -247,3 +248,13 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path: Path, parts: dict[str,
         write_report(target, runs={"broken": [{"loss": 1.0}]})
     assert target.read_text(encoding="utf-8") == first
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_results_come_from_the_logs_where_no_table_is_given() -> None:
+    rows = [
+        {"units": 10.0, "samples": 4, "seconds": 1.0, "accuracy": 0.5},
+        {"units": 1500.0, "samples": 2000, "seconds": 12.4, "loss": 1.0},
+    ]
+    assert results_of({"a": rows, "empty": []}) == [
+        {"run": "a", "units spent": "1.5K", "samples": "2,000", "seconds": "12", "kNN accuracy": "50.0%"}
+    ]

@@ -1,6 +1,6 @@
 """gradscope: what cheaper gradients of a Vision Transformer are worth, and when to use which.
 
-Measure with `profile`, decide with `schedulers.optimize`, train with `train`; a user's own model needs a `Task`.
+Measure with `profile`, decide with `optimize`, run what `load_schedule` returns; a user's own model needs a `Task`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically; `content` holds tensors and plain values under the names of REQUIRED."""
-    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as stream:  # an open file, so that the archive does not carry the temporary name
+            torch.save({"format": FORMAT, **content}, stream)
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

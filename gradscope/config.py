@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), self.__annotations__[field.name])
         if self.method not in METHODS:
             known = ", ".join(METHODS)
             extra = " (its costs are known, its training is not)" if self.method in METHOD_FORMULAS else ""
@@ -68,12 +71,16 @@ class TrainConfig:
         for name, low in (("batch_size", 2), ("head_hidden", 1), ("head_width", 1), ("patch", 1)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be at least {low}")
-        for name in ("checkpoints", "evaluations"):
-            if any(not 0 <= point <= 1 for point in getattr(self, name)):
-                raise UsageError(f"{name}: {getattr(self, name)} must be fractions of the budget in [0, 1]")
-        if not 0 <= self.warmup < 1:
-            raise UsageError(f"warmup {self.warmup!r} must be a fraction of the budget in [0, 1)")
-        Decay(kind=self.decay, alpha=self.decay_alpha)
+        for name in ("lr", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be positive")
+        if self.weight_decay < 0:
+            raise UsageError(f"weight_decay is {self.weight_decay!r}; it must be at least 0")
+        for name in ("checkpoints", "evaluations", "momentum"):
+            values = getattr(self, name)
+            if any(not 0 <= point <= 1 for point in (values if isinstance(values, tuple) else (values,))):
+                raise UsageError(f"{name}: {values} must lie in [0, 1]")
+        Decay(kind=self.decay, alpha=self.decay_alpha, warmup=self.warmup)
 
     @property
     def learning_rate_decay(self) -> Decay:
@@ -116,6 +123,22 @@ class TrainConfig:
     def changed(self, other: TrainConfig) -> list[str]:
         """Names of the settings in which two configurations differ."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+
+
+def _check_type(name: str, value: object, annotation: str) -> None:
+    """Raise UsageError unless `value` is what the annotation of a setting says; a whole number counts as a float."""
+    inner = annotation.removeprefix("tuple[").removesuffix(", ...]")
+    kinds: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,)}
+    items = value if inner != annotation and isinstance(value, tuple) else (value,)
+    right = inner == annotation or isinstance(value, tuple)
+    for item in items:
+        finite = not isinstance(item, float) or math.isfinite(item)
+        right = right and isinstance(item, kinds[inner]) and finite and (inner == "bool" or not isinstance(item, bool))
+    if not right:
+        words = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "True or False"}
+        raise UsageError(
+            f"{name} is {value!r}; it must be {'several of: ' if inner != annotation else ''}{words[inner]}"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from gradscope.errors import CubeError
+from gradscope.errors import CubeError, UsageError
 from gradscope.estimators import ESTIMATES, Estimates
 from gradscope.files import write_atomically
 from schedulers import CRITERIA, MOMENTS, Grid, Moments, Strategy, criterion_se, readable
@@ -49,6 +49,7 @@ def new_cube(
     progress: Sequence[float],
     steps: Sequence[int],
     names: Sequence[str],
+    digests: Sequence[str],
     metrics: Sequence[str],
     costs: Mapping[str, Mapping[Strategy, float]],
     tokens: Mapping[str, Mapping[Strategy, int]],
@@ -56,14 +57,12 @@ def new_cube(
 ) -> xr.Dataset:
     """An empty root dataset: every cell pending, every estimate NaN.
 
-    `costs` maps a cost model to units per sample of each strategy, `tokens` a sequence's name to lengths;
-    `attributes` must hold `batch_size` (K) and `beta` (units of one update).
+    `progress`, `steps`, file `names` and `digests` describe the checkpoints, one each. `costs` maps a cost
+    model to units per sample of each strategy, `tokens` a sequence's name to lengths; `attributes` must hold
+    `batch_size` (K) and `beta` (units of one update).
     """
     axes = list(grid.axes)
-    taken = {"progress", "metric", "moment", "moment_2", "cost_model", "param_group", *QUANTITIES, "status", "cost"}
-    for axis in axes:
-        if axis in taken:
-            raise CubeError(f"a grid axis cannot be called {axis!r}: the cube uses that name itself")
+    _check_axes(grid)
     cell = ("progress", *axes)
     shape = (len(progress), *grid.shape)
     cube = xr.Dataset(
@@ -81,7 +80,7 @@ def new_cube(
             "checkpoint": ("progress", np.array(names, object), {"long_name": "checkpoint file"}),
             "checkpoint_sha256": (
                 "progress",
-                np.array([""] * len(progress), object),
+                np.array(digests, object),
                 {"long_name": "digest of the checkpoint file"},
             ),
         },
@@ -260,20 +259,24 @@ def grid_of(cube: xr.Dataset) -> Grid:
 def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str = "tokens") -> Profile:
     """The optimizer's view of a cube in one metric and cost model.
 
-    Raises CubeError when it has no such metric or costs.
+    norm_sq_ref is taken from the reference's own cell at every progress point where that is done, so that all
+    strategies share one denominator also when their cells hold different numbers of samples. Raises UsageError
+    when the cube has no such metric or costs.
     """
     metrics = [str(name) for name in cube["metric"].values]
     if metric not in metrics:
-        raise CubeError(f"the cube has no metric {metric!r}; it has {', '.join(metrics)}")
+        raise UsageError(f"the cube has no metric {metric!r}; it has {', '.join(metrics)}")
     if cost_model not in COST_MODELS or bool(cube["cost"].sel(cost_model=cost_model).isnull().all()):
         known = [model for model in COST_MODELS if not bool(cube["cost"].sel(cost_model=model).isnull().all())]
-        raise CubeError(f"the cube holds no costs of the model {cost_model!r}; it has {', '.join(known)}")
+        raise UsageError(f"the cube holds no costs of the model {cost_model!r}; it has {', '.join(known)}")
     grid = grid_of(cube)
     done = cube["status"].values.reshape(cube.sizes["progress"], -1) == DONE
     here = cube.sel(metric=metric).transpose("progress", *grid.axes, ...)
     flat = {name: here[name].values.reshape(done.shape) for name in MOMENTS}
     cost = cube["cost"].sel(cost_model=cost_model).values.reshape(-1)
-    reference_cost = float(cost[np.ravel_multi_index(grid.position(grid.reference), grid.shape)])
+    reference = int(np.ravel_multi_index(grid.position(grid.reference), grid.shape))
+    shared = np.where(done[:, reference, None], flat["norm_sq_ref"][:, reference, None], flat["norm_sq_ref"])
+    flat["norm_sq_ref"] = shared
     batch_size = int(cube.attrs["batch_size"])
     training = json.loads(cube.attrs.get("training_json", "{}"))
     return Profile(
@@ -283,7 +286,7 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         moments=Moments(**{name: np.where(done, values, np.nan) for name, values in flat.items()}),
         covariance=here["moment_cov"].values.reshape(*done.shape, len(MOMENTS), len(MOMENTS)),
         batch_size=batch_size,
-        beta=batch_size * reference_cost,
+        beta=batch_size * float(cost[reference]),
         metric=metric,
         cost_model=cost_model,
         digest=digest_of(cube),
@@ -303,6 +306,28 @@ def digest_of(cube: xr.Dataset) -> str:
             else np.ascontiguousarray(values).tobytes()
         )
     return state.hexdigest()[:16]
+
+
+def _check_axes(grid: Grid) -> None:
+    estimates = [*QUANTITIES, "norm_sq_ref", *map(variable_name, CRITERIA)]
+    taken = {"progress", "metric", "moment", "moment_2", "cost_model", "param_group", "step", "checkpoint"}
+    taken |= {
+        "checkpoint_sha256",
+        "moment_cov",
+        "status",
+        "n_samples",
+        "cell_key",
+        "cost",
+        "tokens_query",
+        "tokens_key",
+    }
+    for axis, values in grid.axes.items():
+        if axis in taken or axis.removesuffix("_se") in estimates:
+            raise UsageError(f"a grid axis cannot be called {axis!r}: the cube uses that name itself; choose another")
+        if len({isinstance(value, str) for value in values}) > 1:
+            raise UsageError(
+                f"axis {axis!r} mixes texts and numbers ({', '.join(map(str, values))}); write all as texts"
+            )
 
 
 def _add_estimate(cube: xr.Dataset, name: str, title: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> None:

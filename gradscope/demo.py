@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gradscope.config import TrainConfig, open_setting
-from gradscope.cube import profile_of
+from gradscope.cube import FAILED, profile_of
 from gradscope.files import write_text
 from gradscope.profiler import ProfileOptions, profile
 from gradscope.progress import Progress
@@ -37,16 +39,18 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table, what the profile cost in units, and where the report lies."""
+    """The table, what the profile cost in units, how many of its cells failed, and where the report lies."""
 
     rows: tuple[DemoRow, ...]
     profile_units: float
+    failed_cells: int
     report: Path
 
     def facts(self) -> dict[str, Any]:
         return {
             "rows": [asdict(row) for row in self.rows],
             "profile_units": self.profile_units,
+            "failed_cells": self.failed_cells,
             "report": str(self.report),
         }
 
@@ -57,6 +61,8 @@ class DemoResult:
                 f"{row.run:<20}{format_count(row.budget):>10}{row.samples:>11,}{row.seconds:>9.0f}{row.knn_accuracy:>14.1%}"
             )
         folder = self.report.parent
+        if self.failed_cells:
+            lines.append(f"{self.failed_cells} cells of the profile failed: see the report's provenance")
         return [
             *lines,
             f"the profile cost {format_count(self.profile_units)} units; one seed is an anecdote: the "
@@ -72,7 +78,14 @@ def demo_config(budget: float, data: str, seed: int) -> TrainConfig:
 
 
 def run_demo(
-    out: Path, *, budget: float = BUDGET, data: str, data_folder: Path | None = None, seed: int = 0, quiet: bool = False
+    out: Path,
+    *,
+    budget: float = BUDGET,
+    data: str,
+    data_folder: Path | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+    device: torch.device | None = None,
 ) -> DemoResult:
     """Run or continue the demo in `out`. Raises what its parts raise; finished parts stay."""
     config = demo_config(budget, data, seed)
@@ -84,15 +97,15 @@ def run_demo(
 
     def trained(name: str, title: str, schedule: Any) -> TrainResult:
         with Progress(title, quiet=quiet) as progress:
-            return train(setting, schedule, out / name, report=progress.update)
+            return train(setting, schedule, out / name, device=device, report=progress.update)
 
     pilot = trained(PILOT, "1/4 pilot", mixed_schedule(strategies, [cost(s) for s in strategies]))
     with Progress("2/4 profile", quiet=quiet) as progress:
         tree, _ = profile(
-            PretrainTask(setting),
+            PretrainTask(setting, device=device),
             out / PILOT,
             out / "cube.nc",
-            options=ProfileOptions(seed=seed),
+            options=ProfileOptions(),
             report=progress.update,
         )
     schedule = optimize(profile_of(tree.dataset), budget)
@@ -101,9 +114,9 @@ def run_demo(
     plain = trained(PLAIN, "4/4 none", constant_schedule(config.reference, cost(config.reference)))
 
     results = {"no acceleration": plain, "mixed pilot": pilot, "optimized schedule": optimized}
-    rows = tuple(DemoRow(name, budget, r.samples, r.seconds, r.accuracy or 0.0) for name, r in results.items())
-    spent = float((tree["cost"].sel(cost_model="tokens") * tree["n_samples"]).sum())
-    result = DemoResult(rows, spent, out / "report.html")
+    rows = tuple(DemoRow(name, budget, r.samples, r.seconds, _known(r.accuracy)) for name, r in results.items())
+    failed = int((tree["status"] == FAILED).sum())
+    result = DemoResult(rows, float(tree.attrs["units"]), failed, out / "report.html")
     write_report(
         result.report,
         cube=tree,
@@ -113,3 +126,8 @@ def run_demo(
     )
     write_text(out / "results.json", json.dumps(result.facts(), indent=2) + "\n")
     return result
+
+
+def _known(accuracy: float | None) -> float:
+    assert accuracy is not None, "demo_config evaluates at the end"
+    return accuracy

@@ -29,6 +29,10 @@ class FlatParameters:
     tensors: tuple[nn.Parameter, ...]
     layout: GroupLayout
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
     @classmethod
     def of(cls, task: Task, model: nn.Module) -> FlatParameters:
         """Every trainable parameter that the task does not declare frozen, in the task's groups.
@@ -92,6 +96,8 @@ class SubBatchEngine:
         torch.manual_seed(seed)
         try:
             loss = self.task.loss(self.model, batch, strategy, torch.Generator().manual_seed(seed))
+            if not isinstance(loss, Tensor):
+                raise TaskError(f"loss returned {type(loss).__name__}; return a tensor that carries its gradient")
             if loss.ndim:
                 raise TaskError(f"loss has shape {tuple(loss.shape)}; return the mean over the batch, a scalar")
             if not torch.isfinite(loss):

@@ -114,7 +114,8 @@ def finetune_accuracy(
 ) -> float:
     """Test accuracy in [0, 1] after training a copy of the backbone and a linear classifier on all labels.
 
-    AdamW with a linear warm-up over the first tenth of the steps and cosine decay; no augmentation but flips.
+    AdamW at a rate that rises to `lr` over the first tenth of the steps and falls again, both along a cosine;
+    no augmentation but flips.
     """
     device = next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(seed)

@@ -28,7 +28,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise GradscopeError(
-            f"{path}: cannot be written ({error.strerror or error}); choose a folder you may write to"
+            f"{path}: cannot be written ({error.strerror or str(error).splitlines()[0][:80]}); "
+            "choose a folder you may write to"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -45,8 +46,17 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, write)
 
 
+def check_writable(path: Path) -> None:
+    """Raise GradscopeError now rather than after hours of work when `path` could not be written."""
+    write_atomically(path.with_name(f".{path.name}.probe"), lambda temporary: temporary.touch())
+    path.with_name(f".{path.name}.probe").unlink()
+
+
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal; of a folder, of the names and bytes of all files in it."""
+    if path.is_dir():
+        parts = [f"{part.relative_to(path)}={file_digest(part)}" for part in sorted(path.rglob("*")) if part.is_file()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -12,41 +12,52 @@ from gradscope.errors import CubeError
 from schedulers import Grid, Strategy
 
 
-def copy_cells(
-    source: xr.DataTree, cube: xr.Dataset, groups: xr.Dataset | None, *, keys: Sequence[str] | None = None
-) -> int:
-    """Copy the cells of `source` that are not pending to the same labels of `cube`; returns how many.
+def copy_cells(source: xr.DataTree, cube: xr.Dataset, groups: xr.Dataset | None) -> int:
+    """Copy the cells of `source` that are not pending to their places in `cube`; returns how many.
 
-    With `keys`, one for each progress point of `cube`, a cell with another key is out of date and left behind.
-    Raises CubeError when `source` holds a cell for which `cube` has no place.
+    A row's place is that of the checkpoint with the same digest and step (its progress may have changed, when the run
+    went on), a cell's that of the same values on every axis. What `cube` already holds is only replaced by a
+    measurement of more samples. Raises CubeError when `source` holds a cell for which `cube` has no place.
     """
-    old, grid, old_grid = source.dataset, grid_of(cube), grid_of(source.dataset)
-    child = groups_of(source)
+    old, grid = source.dataset, grid_of(cube)
+    old_grid, child = grid_of(old), groups_of(source)
+    rows = {checkpoint: t for t, checkpoint in enumerate(_checkpoints(cube))}
     copied = 0
-    for t, progress in enumerate(old["progress"].values):
-        match = np.flatnonzero(np.abs(cube["progress"].values - progress) < 1e-9)
+    for t, which in enumerate(_checkpoints(old)):
         for strategy in old_grid.strategies():
             at = (t, *old_grid.position(strategy))
             if old["status"].values[at] == PENDING:
                 continue
-            if not match.size or any(strategy[axis] not in grid.axes.get(axis, ()) for axis in strategy):
-                raise CubeError(f"the cell progress={progress:g}, {strategy} has no place in the new grid")
-            to = (int(match[0]), *grid.position(strategy))
-            if keys is not None and old["cell_key"].values[at] != keys[to[0]]:
-                continue
-            _copy(old, cube, at, to, len(at))
-            cube["checkpoint_sha256"].values[to[0]] = str(old["checkpoint_sha256"].values[t])
-            if groups is not None and child is not None:
-                _copy(child, groups, at, to, len(at))
-            copied += 1
+            name = f"progress={float(old['progress'].values[t]):g}, {strategy}"
+            if which not in rows:
+                checkpoint = str(old["checkpoint"].values[t])
+                raise CubeError(f"the checkpoint {checkpoint} of the cell {name} is gone or has changed")
+            if any(strategy[axis] not in grid.axes.get(axis, ()) for axis in strategy):
+                raise CubeError(f"the cell {name} has no place in the new grid")
+            to = (rows[which], *grid.position(strategy))
+            if _worth(old, at) > _worth(cube, to):
+                _copy(old, cube, at, to, len(at))
+                if groups is not None and child is not None:
+                    _copy(child, groups, at, to, len(at))
+                copied += 1
     return copied
+
+
+def _checkpoints(cube: xr.Dataset) -> list[tuple[str, int]]:
+    return [(str(d), int(s)) for d, s in zip(cube["checkpoint_sha256"].values, cube["step"].values, strict=True)]
+
+
+def _worth(cube: xr.Dataset, at: tuple[int, ...]) -> tuple[bool, int, int]:
+    """Orders what a cell may hold: pending, failed, done with few samples, done with many."""
+    status = int(cube["status"].values[at])
+    return status == DONE, int(cube["n_samples"].values[at]), status
 
 
 def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | None]:
     """Join cubes of one task measured in parts (other checkpoints, other strategies) into one.
 
-    Raises CubeError when their tasks, seeds, K, metrics or references differ, or when two hold
-    different numbers for one cell.
+    Where two hold a cell, the one with more samples counts. Raises CubeError when their tasks, seeds, K,
+    metrics, references or parameter groups differ, or when they hold different checkpoints at one progress.
     """
     cubes = [tree.to_dataset() for tree in trees]
     first = cubes[0]
@@ -66,11 +77,15 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
         for axis, values in axes.items()
     }
     grid = Grid(axes, grids[0].reference, grids[0].units)
-    points = {
-        round(float(p), 12): (float(p), int(s), str(c))
-        for cube in cubes
-        for p, s, c in zip(cube["progress"].values, cube["step"].values, cube["checkpoint"].values, strict=True)
-    }
+    points: dict[float, tuple[float, int, str, str]] = {}
+    for cube in cubes:
+        columns = [cube[name].values for name in ("progress", "step", "checkpoint", "checkpoint_sha256")]
+        for progress, step, checkpoint, digest in zip(*columns, strict=True):
+            row = (float(progress), int(step), str(checkpoint), str(digest))
+            if points.setdefault(round(row[0], 12), row)[3] != row[3]:
+                raise CubeError(
+                    f"the cubes hold different checkpoints at progress {row[0]:g}; merge one run's cubes only"
+                )
     rows = [points[key] for key in sorted(points)]
     costs: dict[str, dict[Strategy, float]] = {model: {} for model in COST_MODELS}
     tokens: dict[str, dict[Strategy, int]] = {}
@@ -89,30 +104,20 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
         progress=[row[0] for row in rows],
         steps=[row[1] for row in rows],
         names=[row[2] for row in rows],
+        digests=[row[3] for row in rows],
         metrics=[str(name) for name in first["metric"].values],
         costs=costs,
         tokens=tokens,
         attributes={k: v for k, v in first.attrs.items() if k not in ("schema_version", "reference")},
     )
-    child = next((groups for tree in trees if (groups := groups_of(tree)) is not None), None)
-    groups = None if child is None else new_groups(merged, [str(name) for name in child["param_group"].values])
+    children = [child for tree in trees if (child := groups_of(tree)) is not None]
+    names = [[str(name) for name in child["param_group"].values] for child in children]
+    if any(other != names[0] for other in names):
+        raise CubeError("the cubes have different parameter groups; only cubes of one profile can be merged")
+    groups = new_groups(merged, names[0]) if names else None
     for tree in trees:
-        _check_agreement(tree.dataset, merged)
         copy_cells(tree, merged, groups)
     return merged, groups
-
-
-def _check_agreement(old: xr.Dataset, merged: xr.Dataset) -> None:
-    old_grid, grid = grid_of(old), grid_of(merged)
-    for t, progress in enumerate(old["progress"].values):
-        to_t = int(np.argmin(np.abs(merged["progress"].values - progress)))
-        for strategy in old_grid.strategies():
-            at, to = (t, *old_grid.position(strategy)), (to_t, *grid.position(strategy))
-            both = old["status"].values[at] == DONE and merged["status"].values[to] == DONE
-            if both and old["cell_key"].values[at] != merged["cell_key"].values[to]:
-                raise CubeError(
-                    f"two cubes hold different measurements of progress={progress:g}, {strategy}; leave one of them out"
-                )
 
 
 def _copy(source: xr.Dataset, target: xr.Dataset, at: tuple[int, ...], to: tuple[int, ...], depth: int) -> None:

@@ -1,8 +1,9 @@
 """The profile: gradient moments of every strategy at every checkpoint, cell by cell, into a cube.
 
 A cell is one (checkpoint, strategy). Cells of a checkpoint are measured in groups that share the
-reference's gradients; each finished group is written. A cell's number is a function of the checkpoint, the
-strategy, the seed, K and the samples alone: the order of cells and any interruption leave it as it is.
+reference's gradients; finished groups are written within seconds, and whenever the profile is stopped. A
+cell's number is a function of the checkpoint, the strategy, the seed, K and the samples alone: the order of
+cells and any interruption leave it as it is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from gradscope.checks import check_progress, check_repeatable, reason
 from gradscope.cube import DONE, FAILED, groups_of, new_cube, new_groups, open_cube, put_cell, save_cube
 from gradscope.engines import FlatParameters, SubBatchEngine, derive_seed
 from gradscope.errors import CubeError, NonFiniteError, TaskError, UsageError
@@ -32,7 +34,7 @@ from gradscope.estimators import (
     optimizer_weights,
     second_moment_from,
 )
-from gradscope.files import file_digest
+from gradscope.files import check_writable, file_digest
 from gradscope.merge import copy_cells
 from gradscope.signals import StopFlag
 from gradscope.task import Checkpoint, Task, task_digest
@@ -61,7 +63,7 @@ class ProfileOptions:
     batch_size: int | None = None
     seed: int = 0
     metrics: tuple[str, ...] = METRICS
-    group_size: int = 8
+    group_size: int = 16
     order: Callable[[Sequence[Strategy]], Sequence[Strategy]] | None = None
 
     def __post_init__(self) -> None:
@@ -114,6 +116,14 @@ def profile(
     return _Profile(task, folder, checkpoints, out, options, overwrite, report or (lambda fraction, text: None)).run()
 
 
+def expected_work(
+    task: Task, folder: Path, out: Path, options: ProfileOptions, overwrite: bool = False
+) -> tuple[int, float]:
+    """Cells that `profile` would measure with these arguments, and the units they cost. Raises what it would."""
+    planned = _Profile(task, folder, task.checkpoints(folder), out, options, overwrite, lambda fraction, text: None)
+    return planned.expected_work()
+
+
 class _Profile:
     """One profile in memory: which cells are wanted, which are there, and where they go."""
 
@@ -128,11 +138,14 @@ class _Profile:
         report: Report,
     ) -> None:
         self.task, self.checkpoints, self.out, self.options, self.report = task, checkpoints, out, options, report
-        self.batch_size = options.batch_size or task.batch_size
+        self.batch_size = task.batch_size if options.batch_size is None else options.batch_size
         self.replicates = options.replicates(self.batch_size)
-        self.digests = [file_digest(checkpoint.path) if checkpoint.path.is_file() else "" for checkpoint in checkpoints]
+        check_progress(checkpoints)
+        check_writable(out)
+        self.digests = [file_digest(checkpoint.path) for checkpoint in checkpoints]
         self.summary = ProfileSummary()
         self.cube = self._empty_cube(folder)
+        self.units_before = 0.0
         self.groups: xr.Dataset | None = None
         if out.exists() and not overwrite:
             self._take_over(open_cube(out))
@@ -147,6 +160,8 @@ class _Profile:
             with StopFlag() as stop:
                 for t, strategies in wanted:
                     model = self.task.load(self.checkpoints[t].path)
+                    if t == wanted[0][0]:
+                        check_repeatable(self.task, model, self.batch_size, self.options.seed)
                     for group in (strategies[i : i + size] for i in range(0, len(strategies), size)):
                         work = sum(self.task.cost(s) for s in group)
 
@@ -160,6 +175,7 @@ class _Profile:
                         if time.monotonic() - saved > SAVE_SECONDS:
                             self._save()
                             saved = time.monotonic()
+                stop.raise_if_set("stopped after the last cell; this profile is complete")
         finally:
             if self.summary.measured or self.summary.failures or not wanted:
                 self._save()
@@ -175,15 +191,15 @@ class _Profile:
             self.groups = new_groups(self.cube, names)
         elif [str(name) for name in self.groups["param_group"].values] != list(names):
             raise TaskError(f"{checkpoint.path.name}: its parameter groups differ from those of the other checkpoints")
-        self.cube["checkpoint_sha256"].values[t] = self.digests[t]
         for strategy in strategies:
             index = (t, *grid.position(strategy))
             if strategy in found:
                 put_cell(self.cube, self.groups, index, found[strategy], batch_size=self.batch_size, key=self._key(t))
                 self.summary.measured += 1
             else:
-                self.cube["status"].values[index] = FAILED
-                self.cube["cell_key"].values[index] = self._key(t)
+                if self.cube["status"].values[index] != DONE:  # an earlier measurement of fewer samples stays
+                    self.cube["status"].values[index] = FAILED
+                    self.cube["cell_key"].values[index] = self._key(t)
                 self.summary.failures[f"progress={checkpoint.progress:g},{strategy}"] = failures[strategy]
         self.cube.attrs["failures_json"] = json.dumps(self.summary.failures)
 
@@ -203,9 +219,7 @@ class _Profile:
         names = parameters.layout.names
         try:
             metrics = self._metrics(checkpoint, model, parameters, gradient)
-            sketch = Sketch(
-                parameters.layout, seed=derive_seed("sketch", self.options.seed), device=parameters.tensors[0].device
-            )
+            sketch = Sketch(parameters.layout, seed=derive_seed("sketch", self.options.seed), device=parameters.device)
             z_stream = GradientStream(parameters.layout, metrics, sketch)
             streams = {
                 s: z_stream if s == reference else GradientStream(parameters.layout, metrics, sketch)
@@ -222,7 +236,7 @@ class _Profile:
                     try:
                         g_P = z_P if strategy == reference else gradient(batch, strategy, m)
                     except (NonFiniteError, RuntimeError, ValueError) as error:
-                        failures[strategy] = _reason(error)
+                        failures[strategy] = reason(error)
                         continue
                     if strategy != reference:
                         streams[strategy].add(g_P)
@@ -232,8 +246,8 @@ class _Profile:
                 f"batches(size={self.batch_size}) ended before {self.replicates} sub-batches; lower "
                 "--samples or make it endless"
             ) from None
-        except (NonFiniteError, RuntimeError, ValueError) as error:
-            return {}, {s: f"reference: {_reason(error)}" for s in strategies}, names
+        except (NonFiniteError, torch.OutOfMemoryError) as error:
+            return {}, {s: f"reference: {reason(error)}" for s in strategies}, names
         found = {
             s: estimate(streams[s], z_stream, paired[s], batch_size=self.batch_size)
             for s in strategies
@@ -256,11 +270,11 @@ class _Profile:
                 continue
             known = self.task.second_moment(checkpoint.path, model)
             if known is None:
-                batches = self.task.batches(self.batch_size, self.options.seed)
-                count = min(SECOND_MOMENT_REPLICATES, self.replicates)
+                # other sub-batches than those of the estimates, which would otherwise not be unbiased
+                batches = self.task.batches(self.batch_size, derive_seed("metric", self.options.seed) % 2**31)
                 first = [
-                    gradient(batch, self.task.grid.reference, m)
-                    for m, batch in zip(range(count), batches, strict=False)
+                    gradient(batch, self.task.grid.reference, -1 - m)
+                    for m, batch in zip(range(SECOND_MOMENT_REPLICATES), batches, strict=False)
                 ]
                 weights[name] = optimizer_weights(second_moment_from(first, parameters.layout))
             else:
@@ -285,6 +299,17 @@ class _Profile:
         ]
         return list(self.options.order(strategies)) if self.options.order else strategies
 
+    def expected_work(self) -> tuple[int, float]:
+        """Cells wanted, and their units, the reference's gradients of every group included."""
+        reference, size = self.task.grid.reference, self.options.group_size
+        cells, cost = 0, 0.0
+        for t in range(len(self.checkpoints)):
+            strategies = self._pending(t)
+            cells += len(strategies)
+            for group in (strategies[i : i + size] for i in range(0, len(strategies), size)):
+                cost += sum(self.task.cost(s) for s in {*group, reference})
+        return cells, cost * self.replicates * self.batch_size
+
     def _key(self, t: int) -> str:
         return f"{self.digests[t][:16]}-{task_digest(self.task)}-{self.options.seed}-{self.batch_size}"
 
@@ -304,6 +329,7 @@ class _Profile:
             progress=[checkpoint.progress for checkpoint in self.checkpoints],
             steps=[checkpoint.step for checkpoint in self.checkpoints],
             names=[checkpoint.path.name for checkpoint in self.checkpoints],
+            digests=self.digests,
             metrics=self.options.metrics,
             costs=costs,
             tokens=tokens,
@@ -348,18 +374,15 @@ class _Profile:
         if child is not None:
             self.groups = new_groups(self.cube, [str(name) for name in child["param_group"].values])
         try:
-            copy_cells(old, self.cube, self.groups, keys=[self._key(t) for t in range(len(self.checkpoints))])
+            copy_cells(old, self.cube, self.groups)
         except CubeError as error:
             raise CubeError(f"{self.out}: {error}; use --overwrite to start anew, or another --out") from error
+        self.units_before = float(old.attrs.get("units", 0.0))
         self.cube.attrs["created_at"] = old.attrs.get("created_at", self.cube.attrs["created_at"])
 
     def _save(self) -> None:
+        self.cube.attrs["units"] = self.units_before + self.summary.units
         save_cube(self.cube, self.groups, self.out)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
 def _device_name(task: Task) -> str:

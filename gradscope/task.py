@@ -87,9 +87,13 @@ class Task(ABC):
         return {}
 
     def describe(self) -> Mapping[str, Any]:
-        """What identifies this task, as JSON values; a cell measured under another description is not reused."""
+        """What identifies this task, as JSON values; a cell measured under another description is not reused.
+
+        By default the name of the class and a digest of the source file that defines it. What the file imports
+        is not seen: add it (a version, a configuration) where it may change.
+        """
         try:
-            source = inspect.getsource(type(self))
+            source = Path(inspect.getfile(type(self))).read_text(encoding="utf-8")
         except (OSError, TypeError):
             source = ""
         return {"task": f"{type(self).__module__}:{type(self).__qualname__}", "source": _short_digest(source)}
@@ -111,19 +115,25 @@ def task_digest(task: Task) -> str:
 def numbered_checkpoints(
     folder: Path, patterns: Sequence[str] = ("*.pt", "*.pth", "*.ckpt", "*.safetensors")
 ) -> list[Checkpoint]:
-    """Checkpoint files of a folder by the last number in their name. Raises CheckpointError when there are none."""
+    """Checkpoint files of a folder by the number in their name, progress being that number over the largest.
+
+    The number after `step`, `epoch`, `iter` or `checkpoint` counts, else the last one. Raises CheckpointError
+    when there are none, or two with one number.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder that holds the checkpoints")
     steps: dict[int, Path] = {}
-    for pattern in patterns:
-        for path in folder.glob(pattern):
-            numbers = re.findall(r"\d+", path.stem)
-            if numbers:
-                steps.setdefault(int(numbers[-1]), path)
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        named = re.search(r"(?:step|epoch|iter|checkpoint)\D?(\d+)", path.stem)
+        numbers = [named[1]] if named else re.findall(r"\d+", path.stem)
+        if numbers and (other := steps.setdefault(int(numbers[-1]), path)) != path:
+            raise CheckpointError(
+                f"{folder}: {other.name} and {path.name} have the same number; override the task's `checkpoints`"
+            )
     if not steps:
         raise CheckpointError(
-            f"{folder}: no checkpoint found ({', '.join(patterns)} with a number in the name); train with "
-            f"--out {folder} first"
+            f"{folder}: no checkpoint found ({', '.join(patterns)} with a number in the name); "
+            f"train with --out {folder} first"
         )
     last = max(steps) or 1
     return [Checkpoint(path=steps[step], step=step, progress=step / last) for step in sorted(steps)]

@@ -20,7 +20,7 @@ from gradscope.config import Setting, config_of, open_setting
 from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, InfeasibleError, NonFiniteError, UsageError
 from gradscope.evaluation import extract_features, knn_accuracy
-from gradscope.files import write_text
+from gradscope.files import check_writable, write_text
 from gradscope.methods import MoCoV3
 from gradscope.signals import StopFlag
 from schedulers import Schedule, format_count
@@ -62,8 +62,8 @@ def train(
 ) -> TrainResult:
     """Train until the budget is spent to within one step; continue where `out` left off.
 
-    Writes to `out`: `step-*.pt` at `config.checkpoints`, `log.jsonl`, `resume.pt` (removed at the end),
-    `schedule.json`. Raises InfeasibleError when the budget does not pay for one step, CheckpointError when
+    Writes to `out`: `step-*.pt` at `config.checkpoints` and at the end, `log.jsonl`, `resume.pt` (removed at
+    the end). Raises InfeasibleError when the budget does not pay for one step, CheckpointError when
     `out` holds another run, NonFiniteError when the loss is, Interrupted on a signal, after saving.
     """
     run = _Run(setting, schedule, out, device or torch.device("cpu"), report or (lambda fraction, text: None))
@@ -95,8 +95,11 @@ class _Run:
         state, started = self.state, time.monotonic() - self.state.seconds
         saved = time.monotonic()
         with StopFlag() as stop:
-            if state.step == 0 and 0.0 in self.config.checkpoints:
-                self._save(checkpoint_path(self.out, 0))
+            if state.step == 0:
+                if 0.0 in self.config.evaluations and not self.log:
+                    self._evaluate()
+                if 0.0 in self.config.checkpoints:
+                    self._save(checkpoint_path(self.out, 0))
             while True:
                 strategy = self.schedule.draw(self.fraction, seed=self.config.seed, step=state.step)
                 step_units = self.config.batch_size * self.costs[strategy]
@@ -120,14 +123,19 @@ class _Run:
                     stop.raise_if_set(
                         f"stopped at {self.fraction:.1%} of the budget and saved; run the same command to continue"
                     )
-            if 1.0 in self.config.evaluations and "accuracy" not in (self.log[-1] if self.log else {}):
+            if 1.0 in self.config.evaluations and self._final_accuracy() is None:
                 self._evaluate()
             last = checkpoint_path(self.out, state.step)
-            if 1.0 in self.config.checkpoints and not last.exists():
+            if not last.exists():
                 self._save(last)
-        (self.out / RESUME_FILE).unlink(missing_ok=True)
-        self._write_log()
-        return TrainResult(self.out, state.step, state.units, state.samples, state.seconds, _last_accuracy(self.log))
+            (self.out / RESUME_FILE).unlink(missing_ok=True)
+            self._write_log()
+            stop.raise_if_set("stopped after the last step; this run is complete")
+        return TrainResult(self.out, state.step, state.units, state.samples, state.seconds, self._final_accuracy())
+
+    def _final_accuracy(self) -> float | None:
+        """The accuracy logged at the present step, None when this step was not evaluated."""
+        return next((row["accuracy"] for row in self.log if "accuracy" in row and row["step"] == self.state.step), None)
 
     def _train_step(self, strategy: Any, fraction: float) -> tuple[float, float]:
         config, step = self.config, self.state.step
@@ -191,7 +199,7 @@ class _Run:
 
     def _resume(self) -> None:
         """Load the furthest checkpoint of `out`, after checking that it belongs to this run."""
-        numbered = sorted(self.out.glob("step-*.pt"))[-1:] if self.out.is_dir() else []
+        numbered = sorted(self.out.glob("step-*[0-9].pt"))[-1:] if self.out.is_dir() else []
         furthest: Mapping[str, Any] | None = None
         for path in [*numbered, self.out / RESUME_FILE]:
             if path.exists():
@@ -200,7 +208,7 @@ class _Run:
                 if furthest is None or content["step"] > furthest["step"]:
                     furthest = content
         if furthest is None:
-            write_text(self.out / "schedule.json", self.schedule.to_json())
+            check_writable(self.out / LOG_FILE)
             return
         self.model.load_state_dict(furthest["model"])
         self.optimizer.load_state_dict(furthest["optimizer"])
@@ -220,14 +228,12 @@ class _Run:
             raise CheckpointError(f"{self.out}: holds a run with another schedule; choose another --out")
 
     def _check_budget(self) -> None:
-        first = self.schedule.at(0.0)
-        smallest = self.config.batch_size * max(
-            self.costs[strategy] for strategy, weight in first.mixture if weight > 0
-        )
+        mixture = [strategy for strategy, weight in self.schedule.at(0.0).mixture if weight > 0]
+        dearest = max(mixture, key=lambda strategy: self.costs[strategy])
+        smallest = self.config.batch_size * self.costs[dearest]
         if self.config.budget < smallest:
             raise InfeasibleError(
-                f"budget {format_count(self.config.budget)} does not pay for one step of {first.strategy} "
-                "with a batch of "
+                f"budget {format_count(self.config.budget)} does not pay for one step of {dearest} with a batch of "
                 f"{self.config.batch_size}; the smallest budget that does is {smallest:.0f}",
                 smallest=smallest,
             )
@@ -252,7 +258,12 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     path = out / LOG_FILE
     if not path.is_file():
         raise UsageError(f"{path}: no training log; give a folder that `gradscope train --out` wrote")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path}: not a training log of gradscope ({error}); remove it or name another folder"
+        ) from error
 
 
 def _generator(stream: str, seed: int, step: int) -> torch.Generator:
@@ -262,7 +273,3 @@ def _generator(stream: str, seed: int, step: int) -> torch.Generator:
 def _passed(points: tuple[float, ...], before: float, after: float) -> bool:
     """Whether one of the points in (0, 1) was reached by the step from `before` to `after`."""
     return any(before < point <= after for point in points if point < 1)
-
-
-def _last_accuracy(log: list[dict[str, Any]]) -> float | None:
-    return next((row["accuracy"] for row in reversed(log) if "accuracy" in row), None)

@@ -41,12 +41,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def buffer_guard(model: nn.Module) -> Callable[[], None]:
-    """Take a snapshot of a model's buffers; calling the result puts them back, as often as wanted."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Take a snapshot of a model's buffers; calling the result puts them back, as often as wanted.
+
+    A buffer that the model has replaced by another tensor since (as an exponential average often is) is put
+    back as the same object with its old values.
+    """
+    saved = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
     @torch.no_grad()
     def restore() -> None:
-        for buffer, value in saved:
+        for module, name, buffer, value in saved:
             buffer.copy_(value)
+            module._buffers[name] = buffer
 
     return restore

@@ -37,8 +37,11 @@ def test_rows_say_when_an_aim_is_missed() -> None:
     assert (half.value, half.low, half.high, half.holds) == (0.7, 0.7, 0.7, False)
     ratio = rows["demo: budget of the unaccelerated run over the optimized schedule's at equal accuracy"]
     assert (ratio.low, ratio.high) == (pytest.approx(math.sqrt(2), abs=1e-4), 4.0) and ratio.holds
-    charged = rows["demo: the same with pilot and profile charged in full"]
-    assert charged.high == pytest.approx(1 / 1.5, abs=1e-4) and not charged.holds
+    uses = rows["demo: runs after which the pilot and the profile have paid for themselves"]
+    assert (uses.low, uses.high) == (
+        pytest.approx(1.25 / 0.75, abs=1e-4),
+        pytest.approx(1.25 / (1 - math.sqrt(0.5)), abs=1e-4),
+    )
     assert not rows["demo: kNN accuracy, mixed pilot"].holds
     never = rows_of([seed(0.9, 0.7, 0.8)], "device", "2026-11-22")
     assert not any("at equal accuracy" in row.claim for row in never)

@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GRADSCOPE"},
 )
 for module in (view, training, measure, schedule):
     module.register(app)
@@ -90,11 +90,16 @@ def _defaults(path: Path, context: typer.Context) -> dict[str, Any]:
             raise typer.BadParameter(
                 f"{path}: [{name}] is no command; the tables are {', '.join(commands)}", param_hint="--config"
             )
-        known = [parameter.name for parameter in commands[name].params]
-        for key in table:
-            if key not in known:
+        spelled = {
+            option.lstrip("-").replace("-", "_"): parameter.name
+            for parameter in commands[name].params
+            for option in parameter.opts
+        }
+        for key in list(table):
+            if key.replace("-", "_") not in spelled:
+                known = ", ".join(spelled)
                 raise typer.BadParameter(
-                    f"{path}: [{name}] has no option {key!r}; it has {', '.join(map(str, known))}",
-                    param_hint="--config",
+                    f"{path}: [{name}] has no option {key!r}; it has {known}", param_hint="--config"
                 )
+            table[spelled[key.replace("-", "_")]] = table.pop(key)
     return tables

@@ -40,7 +40,7 @@ Budget = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", envvar="GRADSCOPE_QUIET")]
-DataFolder = Annotated[Path | None, typer.Option(help="Folder that holds the data.", envvar="GRADSCOPE_DATA")]
+DataFolder = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.", envvar="GRADSCOPE_DEVICE")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", envvar="GRADSCOPE_SEED")]
 
@@ -82,6 +82,8 @@ def parse_grid_axes(text: str) -> dict[str, tuple[Any, ...]]:
             raise UsageError(
                 f"--grid {text!r}: {part!r} is not of the form axis=value,value (as in patch=2,4,7;dropout=0,0.5)"
             )
+        if name.strip() in axes:
+            raise UsageError(f"--grid {text!r}: axis {name.strip()!r} is given twice")
         axes[name.strip()] = tuple(Strategy.parse(f"v={item}")["v"] for item in items)
     return axes
 

@@ -58,7 +58,7 @@ def profile(
 
     gradscope profile ckpt_dir
     """
-    from gradscope.profiler import ProfileOptions
+    from gradscope.profiler import ProfileOptions, expected_work
     from gradscope.profiler import profile as run
     from gradscope.progress import Progress
     from schedulers import format_count
@@ -68,22 +68,11 @@ def profile(
         measured.grid = override_grid(measured.grid, grid)
     options = ProfileOptions(samples=samples, batch_size=batch_size, seed=seed, group_size=group_size)
     if dry_run:
-        checkpoints, strategies = measured.checkpoints(ckpt_dir), measured.grid.strategies()
-        size = options.batch_size or measured.batch_size
-        units = len(checkpoints) * options.replicates(size) * size * sum(measured.cost(s) for s in strategies)
-        facts: dict[str, Any] = {
-            "checkpoints": len(checkpoints),
-            "strategies": len(strategies),
-            "cells": len(checkpoints) * len(strategies),
-            "units": units,
-        }
+        cells, units = expected_work(measured, ckpt_dir, out, options, overwrite)
+        facts: dict[str, Any] = {"cells": cells, "strategies": len(measured.grid), "units": units}
+        about = f"about {format_count(units)} units" if cells else "nothing to do"
         emit(
-            facts,
-            [
-                f"{facts['cells']} cells ({len(checkpoints)} checkpoints x {len(strategies)} strategies), "
-                f"about {format_count(units)} units"
-            ],
-            as_json=as_json,
+            facts, [f"{cells} cells to measure on a grid of {len(measured.grid)} strategies, {about}"], as_json=as_json
         )
         return
     with Progress("profile", quiet=quiet or as_json) as progress:
@@ -108,10 +97,10 @@ def profile(
 
 def merge(
     cubes: Annotated[list[Path], typer.Argument(help="Cubes of one profile, measured in parts.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The joined cube.")] = Path("cube.nc"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The joined cube.")],
     as_json: Json = False,
 ) -> None:
-    """Join cubes that were measured in parts (other checkpoints or strategies of one run).
+    """Join cubes that were measured in parts (other checkpoints or strategies of one run) into --out.
 
     gradscope merge a.nc b.nc -o cube.nc
     """
@@ -156,6 +145,7 @@ def open_task(name: str | None, folder: Path, data_folder: Path | None, device: 
     from gradscope.errors import TaskError
     from gradscope.task import Task
     from gradscope.tasks import PretrainTask
+    from schedulers import Grid
 
     if name is None:
         return PretrainTask.from_folder(folder, data_folder=data_folder, device=device)
@@ -166,13 +156,14 @@ def open_task(name: str | None, folder: Path, data_folder: Path | None, device: 
     try:
         made = getattr(importlib.import_module(module_name), class_name)()
     except ModuleNotFoundError as error:
-        raise TaskError(
-            f"--task {name!r}: {error}; run from the folder that holds {module_name.split('.')[0]}.py"
-        ) from error
-    except AttributeError as error:
+        cure = f"; run from the folder that holds {module_name.split('.')[0]}.py"
+        raise TaskError(f"--task {name!r}: {error}{cure if error.name == module_name.split('.')[0] else ''}") from error
+    except (AttributeError, TypeError) as error:
         raise TaskError(f"--task {name!r}: {error}") from error
     if not isinstance(made, Task):
-        raise TaskError(f"--task {name!r}: {class_name} is no gradscope.Task")
+        raise TaskError(f"--task {name!r}: {class_name} is no gradscope.Task; derive it from gradscope.Task")
+    if not isinstance(getattr(made, "grid", None), Grid):
+        raise TaskError(f"--task {name!r}: it has no `grid`; set it to a gradscope.Grid")
     return made
 
 

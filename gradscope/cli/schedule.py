@@ -122,7 +122,9 @@ def cost(
         raise UsageError(
             f"--grid: unknown axis {sorted(set(axes) - {'patch', 'dropout'})[0]!r}; the axes are patch, dropout"
         )
-    base = patch or int(min(axes.get("patch", (16,))))
+    if any(isinstance(value, str) for values in axes.values() for value in values):
+        raise UsageError(f"--grid {grid!r}: patch and dropout take numbers, as in patch=16,24;dropout=0,0.5")
+    base = int(min(axes.get("patch", (16,)))) if patch is None else patch
     axes = {
         "patch": tuple(dict.fromkeys((base, *axes.get("patch", ())))),
         "dropout": tuple(dict.fromkeys((0, *axes.get("dropout", ())))),

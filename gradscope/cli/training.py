@@ -131,9 +131,12 @@ def evaluate(
     gradscope evaluate ckpt_dir --knn --linear
     """
     from gradscope.checkpoints import list_checkpoints
+    from gradscope.errors import UsageError
     from gradscope.evaluation import extract_features, finetune_accuracy, knn_accuracy, linear_accuracy
     from gradscope.trainer import load_run
 
+    if epochs < 1:
+        raise UsageError(f"--epochs {epochs}: fine-tuning needs at least 1")
     path = list_checkpoints(checkpoint)[-1].path if checkpoint.is_dir() else checkpoint
     setting, model, _ = load_run(path, data_folder)
     model.to(open_device(device))
@@ -168,6 +171,8 @@ def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -
         for axis, points in axes.items():
             if axis not in names:
                 raise UsageError(f"--grid {grid!r}: unknown axis {axis!r}; the axes are patch, dropout")
+            if any(isinstance(point, str) for point in points):
+                raise UsageError(f"--grid {grid!r}: patch and dropout take numbers, as in patch=2,4;dropout=0,0.5")
             values[names[axis]] = points
     types = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for text in settings:
@@ -180,13 +185,9 @@ def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -
             read = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             read = value
-        if isinstance(types[key], tuple) and not isinstance(read, tuple):
-            read = (read,)
-        if isinstance(types[key], float) and isinstance(read, int) and not isinstance(read, bool):
-            read = float(read)
-        if isinstance(types[key], int | float | str | bool | tuple) and type(read) is not type(types[key]):
-            raise UsageError(f"--set {text!r}: {value!r} is not a {type(types[key]).__name__}")
-        values[key] = read
+        if key in values:
+            raise UsageError(f"--set {text!r}: {key} has an option of its own, --{key.replace('_', '-')}")
+        values[key] = (read,) if isinstance(types[key], tuple) and not isinstance(read, tuple) else read
     return TrainConfig.for_model(**values)
 
 
@@ -215,6 +216,10 @@ def make_schedule(text: str, setting: Setting) -> Schedule:
         return mixed_schedule(strategies, [cost(s) for s in strategies])
     if Path(text).is_file():
         plan = load_schedule(text)
+        for name, here in (("budget", config.budget), ("batch_size", config.batch_size)):
+            made_for = getattr(plan, name)
+            if made_for is not None and made_for != here:
+                note(f"note: {text} was made for {name} {made_for:g}, this run has {here:g}")
     elif "=" in text:
         plan = parse_schedule(text, cost=cost, reference=config.reference)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gradscope.cli.console import DataFolder, Json, Quiet, Seed, emit, parse_units
+from gradscope.cli.console import DataFolder, Device, Json, Quiet, Seed, emit, open_device, parse_units
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +29,7 @@ def demo(
     ] = "fashion-mnist-10k",
     data_folder: DataFolder = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -39,9 +40,17 @@ def demo(
     from gradscope.demo import BUDGET, run_demo
 
     result = run_demo(
-        out, budget=budget or BUDGET, data=data, data_folder=data_folder, seed=seed, quiet=quiet or as_json
+        out,
+        budget=BUDGET if budget is None else budget,
+        data=data,
+        data_folder=data_folder,
+        seed=seed,
+        quiet=quiet or as_json,
+        device=open_device(device),
     )
     emit(result.facts(), result.lines(), as_json=as_json)
+    if result.failed_cells:
+        raise typer.Exit(4)
 
 
 def plot(
@@ -65,7 +74,7 @@ def plot(
 
     path = schedule or (Path("schedule.json") if Path("schedule.json").is_file() else None)
     plan = None if path is None else load_schedule(path)
-    folders = run or [log.parent for log in sorted(Path().glob("*/log.jsonl"))]
+    folders = run or [log.parent for log in sorted(Path().glob("*/log.jsonl")) if any(log.parent.glob("step-*.pt"))]
     runs = {folder.name or str(folder): read_log(folder) for folder in folders}
     write_report(out, cube=open_cube(cube), schedule=plan, runs=runs, title=f"gradscope: {cube.stem}")
     emit(

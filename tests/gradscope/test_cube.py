@@ -12,7 +12,7 @@ import xarray as xr
 
 from gradscope import Grid, ProfileOptions, Strategy, merge_cubes, open_cube, profile, profile_of, save_cube
 from gradscope.cube import grid_of, groups_of
-from gradscope.errors import CubeError, GradscopeError
+from gradscope.errors import CubeError, GradscopeError, UsageError
 from schedulers import optimize
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
 
@@ -109,9 +109,9 @@ def test_profile_of_feeds_the_optimizer_and_leaves_failed_cells_out(cube_file: P
     scores, errors = found.scores("ca-mse", [0.5])
     assert scores[0, 4] == pytest.approx(float(cube["ca_mse"].sel(at)))
     assert errors[0, 4] == pytest.approx(float(cube["ca_mse_se"].sel(at)))
-    with pytest.raises(CubeError, match="no metric 'cosine'; it has euclidean, optimizer"):
+    with pytest.raises(UsageError, match="no metric 'cosine'; it has euclidean, optimizer"):
         profile_of(cube, metric="cosine")
-    with pytest.raises(CubeError, match="no costs of the model 'measured'; it has tokens"):
+    with pytest.raises(UsageError, match="no costs of the model 'measured'; it has tokens"):
         profile_of(cube, cost_model="measured")
 
 
@@ -122,5 +122,44 @@ def test_an_axis_may_not_take_a_name_of_the_cube(tmp_path: Path) -> None:
         def cost(self, strategy: Strategy) -> float:
             return 1.0
 
-    with pytest.raises(CubeError, match="cannot be called 'metric'"):
+    with pytest.raises(UsageError, match="cannot be called 'metric'"):
         profile(Clash(), make_checkpoints(tmp_path / "c"), tmp_path / "cube.nc", options=OPTIONS)
+
+
+def test_merging_keeps_the_larger_measurement_and_refuses_other_runs(tmp_path: Path) -> None:
+    folder = make_checkpoints(tmp_path / "ckpt_dir")
+    large, _ = profile(LineTask(), folder, tmp_path / "large.nc", options=dataclasses.replace(OPTIONS, samples=64))
+
+    class Failing(FailingTask):
+        def describe(self):  # type: ignore[no-untyped-def]
+            return LineTask().describe()
+
+    small, _ = profile(Failing(), folder, tmp_path / "small.nc", options=OPTIONS)
+    for order in ([large, small], [small, large]):
+        cube, _ = merge_cubes(order)
+        xr.testing.assert_identical(cube.drop_attrs(), large.dataset.drop_attrs())
+    (folder / "step-5.pt").write_bytes(b"another run")
+    other, _ = profile(LineTask(), folder, tmp_path / "other.nc", options=OPTIONS)
+    with pytest.raises(CubeError, match=r"different checkpoints at progress 0.5"):
+        merge_cubes([large, other])
+
+
+def test_strategies_share_the_references_own_norm(tmp_path: Path) -> None:
+    folder = make_checkpoints(tmp_path / "ckpt_dir")
+    tree, _ = profile(LineTask(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    cube = tree.to_dataset()
+    cube["norm_sq_ref"].loc[dict(keep="half", noise=0.5)] = 123.0  # as if measured on other samples
+    found = profile_of(cube)
+    reference = cube["norm_sq_ref"].sel(keep="all", noise=0, metric="optimizer")
+    assert (found.moments.norm_sq_ref == reference.values[:, None]).all()
+
+
+def test_axes_of_mixed_labels_are_refused(tmp_path: Path) -> None:
+    class Mixed(LineTask):
+        grid = Grid({"noise": (0, "much")}, Strategy(noise=0))
+
+        def cost(self, strategy: Strategy) -> float:
+            return 1.0
+
+    with pytest.raises(UsageError, match="mixes texts and numbers"):
+        profile(Mixed(), make_checkpoints(tmp_path / "c"), tmp_path / "cube.nc", options=OPTIONS)

@@ -102,6 +102,9 @@ def test_losses_that_are_not_finite_scalars_are_refused() -> None:
     task, _, engine = make(Odd())
     with pytest.raises(NonFiniteError, match=r"loss is inf under keep=all"):
         engine.gradient(next(task.batches(8, 0)), REFERENCE, seed=0)
+    task.result = 1.0
+    with pytest.raises(TaskError, match="loss returned float; return a tensor"):
+        engine.gradient(next(task.batches(8, 0)), REFERENCE, seed=0)
     task.result = torch.zeros(3)
     with pytest.raises(TaskError, match=r"shape \(3,\); return the mean"):
         engine.gradient(next(task.batches(8, 0)), REFERENCE, seed=0)
@@ -140,3 +143,25 @@ def test_default_groups_keep_numbered_blocks_apart() -> None:
 def test_seeds_differ_by_every_part_and_never_change() -> None:
     assert len({derive_seed(0, 1), derive_seed(1, 0), derive_seed(0, 1, ""), derive_seed("01")}) == 4
     assert derive_seed(0, 5, 3, Strategy(patch=4, dropout=0.5)) == 1132551925039516638
+
+
+def test_a_buffer_that_the_model_replaces_is_put_back_as_the_same_object() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+            self.register_buffer("centre", torch.zeros(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.centre = 0.9 * self.centre + x.mean(0)  # an exponential average, as in DINO
+            return ((x - self.centre) @ self.weight)[:, None]
+
+    class CentredTask(LineTask):
+        def load(self, checkpoint: Path) -> nn.Module:
+            return Centred()
+
+    task, model, engine = make(CentredTask())
+    batch, centre = next(task.batches(8, 0)), model.centre
+    first, again = (engine.gradient(batch, REFERENCE, seed=0) for _ in range(2))
+    assert torch.equal(first, again)
+    assert model.centre is centre and torch.equal(centre, torch.zeros(6))

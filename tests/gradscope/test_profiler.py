@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import torch
 import xarray as xr
 
 from gradscope import Grid, ProfileOptions, Strategy, open_cube, profile
+from gradscope.checkpoints import load_checkpoint
 from gradscope.cube import DONE, FAILED, PENDING, digest_of
 from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, CubeError, Interrupted, TaskError, UsageError
+from gradscope.files import file_digest
+from gradscope.profiler import expected_work
+from gradscope.task import numbered_checkpoints
 from gradscope.tasks import PretrainTask
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
 
@@ -81,7 +86,7 @@ def assert_identical(first: xr.DataTree, second: xr.DataTree) -> None:
     assert digest_of(first.dataset) == digest_of(second.dataset)
 
 
-@pytest.mark.parametrize("at", [1, 7, 16, 29])
+@pytest.mark.parametrize("at", [1, 7, 16, 29, 45])
 def test_a_killed_profile_continues_to_the_same_cube(folder: Path, tmp_path: Path, at: int) -> None:
     whole, _ = profile(LineTask(), folder, tmp_path / "whole.nc", options=OPTIONS)
     options = ProfileOptions(samples=40, seed=3, group_size=2)
@@ -104,29 +109,62 @@ def test_a_killed_profile_continues_to_the_same_cube(folder: Path, tmp_path: Pat
 
 def test_nothing_is_measured_twice_but_new_cells_and_more_samples_are(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "cube.nc"
-    profile(LineTask(), folder, out, options=OPTIONS)
+    tree, summary = profile(LineTask(), folder, out, options=OPTIONS)
+    assert tree.attrs["units"] == summary.units == expected_units([(0, 0.5, 2)], cells=18, second_moments=3)
     assert profile(LineTask(), folder, out, options=OPTIONS)[1].units == 0
     make_checkpoints(folder, (20,))
-    _, summary = profile(LineTask(), folder, out, options=OPTIONS)  # 5 and 10 now lie at other progress
-    assert (summary.reused, summary.measured) == (6, 18)
-    (folder / "step-20.pt").unlink()
-    before = out.read_bytes()
-    with pytest.raises(CubeError, match=r"progress=0.25, .* no place in the new grid; use --overwrite"):
-        profile(LineTask(), folder, out, options=OPTIONS)
-    assert out.read_bytes() == before
-    profile(LineTask(), folder, out, options=OPTIONS, overwrite=True)
+    tree, summary = profile(LineTask(), folder, out, options=OPTIONS)  # the finished cells move to other progress
+    assert (summary.reused, summary.measured) == (18, 6)
+    assert tree.attrs["units"] > summary.units > 0
+    np.testing.assert_array_equal(tree["progress"], [0, 0.25, 0.5, 1])
     wider = LineTask()
     wider.grid = Grid({**LineTask.grid.axes, "noise": (0, 0.5, 1, 2)}, LineTask.grid.reference)
+    assert expected_work(wider, folder, out, OPTIONS)[0] == 8
     _, summary = profile(wider, folder, out, options=OPTIONS)
-    assert (summary.reused, summary.measured) == (18, 6)
+    assert (summary.reused, summary.measured) == (24, 8)
     tree, summary = profile(wider, folder, out, options=ProfileOptions(samples=48, seed=3))
-    assert summary.measured == 24 and (tree["n_samples"] == 48).all()
+    assert summary.measured == 32 and (tree["n_samples"] == 48).all()
 
 
-def test_a_changed_checkpoint_is_measured_again(folder: Path, tmp_path: Path) -> None:
-    profile(LineTask(), folder, tmp_path / "cube.nc", options=OPTIONS)
-    (folder / "step-5.pt").write_bytes(b"other weights")
-    assert profile(LineTask(), folder, tmp_path / "cube.nc", options=OPTIONS)[1].measured == 6
+def expected_units(grids: list[tuple[float, ...]], *, cells: int, second_moments: int) -> float:
+    """5 sub-batches of 8 samples in every cell, and 4 reference sub-batches for each estimated second moment."""
+    each = sum(LineTask().cost(Strategy(keep=k, noise=n)) for noises in grids for k in ("all", "half") for n in noises)
+    return 40 * each * cells / (2 * sum(map(len, grids))) + second_moments * 4 * 8 * 3
+
+
+@pytest.mark.parametrize("change", ["gone", "rewritten"])
+def test_measurements_of_checkpoints_that_are_gone_are_not_thrown_away_unasked(
+    folder: Path, tmp_path: Path, change: str
+) -> None:
+    out = tmp_path / "cube.nc"
+    profile(LineTask(), folder, out, options=OPTIONS)
+    before = out.read_bytes()
+    if change == "gone":
+        (folder / "step-5.pt").unlink()
+    else:
+        (folder / "step-5.pt").write_bytes(b"other weights")
+    with pytest.raises(
+        CubeError, match=r"step-5.pt of the cell progress=0.5, .* is gone or has changed; use --overwrite"
+    ):
+        profile(LineTask(), folder, out, options=OPTIONS)
+    assert out.read_bytes() == before
+    _, summary = profile(LineTask(), folder, out, options=OPTIONS, overwrite=True)
+    assert summary.reused == 0
+
+
+def test_a_cell_that_fails_on_more_samples_keeps_its_measurement(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cube.nc"
+    first, _ = profile(LineTask(), folder, out, options=OPTIONS)
+
+    class LaterFailing(FailingTask):
+        def describe(self):  # type: ignore[no-untyped-def]
+            return LineTask().describe()
+
+    tree, summary = profile(LaterFailing(), folder, out, options=ProfileOptions(samples=48, seed=3))
+    assert len(summary.failures) == 6
+    kept = dict(keep="half", noise=2)
+    assert (tree["status"].sel(kept) == DONE).all() and (tree["n_samples"].sel(kept) == 40).all()
+    np.testing.assert_array_equal(tree["variance"].sel(kept), first["variance"].sel(kept))
 
 
 def test_another_profiles_file_is_refused_by_name_of_the_change(folder: Path, tmp_path: Path) -> None:
@@ -186,3 +224,103 @@ def test_bundled_checkpoints_profile_with_adams_moment(small_run: Path, tmp_path
         moment[name].shape == p.shape for name, p in model.named_parameters() if p.requires_grad
     )
     assert task.second_moment(task.checkpoints(small_run)[0].path, model) is None
+
+
+def test_the_optimizer_metric_weighs_by_adams_own_second_moment(small_run: Path, tmp_path: Path) -> None:
+    """A late cell against gradients by backward, weighed by v taken from an Adam that is rebuilt from its state."""
+    task = PretrainTask.from_folder(small_run)
+    tree, _ = profile(task, small_run, tmp_path / "cube.nc", options=ProfileOptions(samples=48))
+    checkpoint, strategy = task.checkpoints(small_run)[3], Strategy(patch=7, dropout=0.5)
+    model = task.load(checkpoint.path)
+    assert model.training
+    content = load_checkpoint(checkpoint.path)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    adam = torch.optim.AdamW(list(named.values()), lr=1.0)
+    adam.load_state_dict(content["optimizer"])
+    state = [adam.state[p] for p in named.values()]
+    v = torch.cat([(s["exp_avg_sq"] / (1 - 0.999 ** s["step"].item())).flatten() for s in state])
+    weight = (1 / (v.sqrt() + 1e-8)).double()
+    rows: dict[Strategy, list[torch.Tensor]] = {strategy: [], task.grid.reference: []}
+    for m, batch in zip(range(3), task.batches(16, 0), strict=False):
+        for s, gradients in rows.items():
+            loss = task.loss(model, batch, s, torch.Generator().manual_seed(derive_seed(0, checkpoint.step, m, s)))
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(named.values()))]).double())
+    g, z = (torch.stack(rows[s]) for s in rows)
+    cell = tree.dataset.sel(patch=7, dropout=0.5, metric="optimizer").isel(progress=3)
+    assert float(cell["variance"]) == pytest.approx(float(16 / 2 * (weight * (g - g.mean(0)) ** 2).sum()), rel=1e-4)
+    plugin = float((weight * (g - z).mean(0) ** 2).sum())
+    assert float(cell["bias_sq_plugin"]) == pytest.approx(plugin, rel=1e-4)
+
+
+def test_the_metric_of_a_checkpoint_without_optimizer_state_uses_data_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """Weights from the measured sub-batches would make the estimates biased: the profile must ask for another seed."""
+    seeds: list[int] = []
+
+    class Listening(LineTask):
+        def batches(self, size, seed):  # type: ignore[no-untyped-def]
+            seeds.append(seed)
+            return super().batches(size, seed)
+
+    profile(Listening(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    assert set(seeds) == {3, derive_seed("metric", 3) % 2**31}
+
+
+@pytest.mark.parametrize("culprit", ["batches", "loss"])
+def test_a_task_that_does_not_repeat_itself_is_told_what_does_not(folder: Path, tmp_path: Path, culprit: str) -> None:
+    class Drifting(LineTask):
+        calls = 0
+
+        def batches(self, size, seed):  # type: ignore[no-untyped-def]
+            self.calls += culprit == "batches"
+            return super().batches(size, seed + (self.calls if culprit == "batches" else 0))
+
+        def loss(self, model, batch, strategy, generator):  # type: ignore[no-untyped-def]
+            self.calls += culprit == "loss"
+            return super().loss(model, batch, strategy, generator) * (1 + (self.calls if culprit == "loss" else 0))
+
+    message = {
+        "batches": "gives other data when it is called again",
+        "loss": "gives another gradient for the same batch",
+    }
+    with pytest.raises(TaskError, match=message[culprit]):
+        profile(Drifting(), folder, tmp_path / "cube.nc", options=OPTIONS)
+
+
+def test_a_loss_that_fails_under_the_reference_is_an_error_and_no_cube(folder: Path, tmp_path: Path) -> None:
+    class Broken(LineTask):
+        def loss(self, model, batch, strategy, generator):  # type: ignore[no-untyped-def]
+            return model(batch[0] @ torch.zeros(3, 3)).mean()
+
+    with pytest.raises(TaskError, match=r"the loss fails under the reference keep=all,noise=0: RuntimeError"):
+        profile(Broken(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    with pytest.raises(UsageError, match="batch_size is 0"):
+        profile(LineTask(), folder, tmp_path / "cube.nc", options=ProfileOptions(batch_size=0))
+    assert not (tmp_path / "cube.nc").exists()
+
+
+def test_checkpoints_out_of_order_are_refused_before_anything_is_measured(folder: Path, tmp_path: Path) -> None:
+    class Twice(LineTask):
+        def checkpoints(self, folder):  # type: ignore[no-untyped-def]
+            return [dataclasses.replace(c, progress=0.5) for c in super().checkpoints(folder)]
+
+    with pytest.raises(TaskError, match="increasing progress in"):
+        profile(Twice(), folder, tmp_path / "cube.nc", options=OPTIONS)
+
+
+def test_numbers_in_file_names(tmp_path: Path) -> None:
+    for name in ("epoch=3-val=0.51.ckpt", "epoch=9-val=0.38.ckpt", "notes.txt", "last.ckpt"):
+        (tmp_path / name).touch()
+    found = numbered_checkpoints(tmp_path)
+    assert [(c.step, c.progress) for c in found] == [(3, pytest.approx(1 / 3)), (9, 1)]
+    (tmp_path / "ema-9.pt").touch()
+    with pytest.raises(CheckpointError, match="have the same number"):
+        numbered_checkpoints(tmp_path)
+
+
+def test_a_folder_of_shards_is_one_checkpoint(tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}" / "sub").mkdir(parents=True)
+        (tmp_path / f"{i}" / "sub" / "a").write_bytes(b"x")
+    assert file_digest(tmp_path / "0") == file_digest(tmp_path / "1")
+    (tmp_path / "1" / "sub" / "a").write_bytes(b"y")
+    assert file_digest(tmp_path / "0") != file_digest(tmp_path / "1")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from gradscope.checkpoints import list_checkpoints, load_checkpoint
 from gradscope.cli.training import make_schedule
 from gradscope.config import Setting, TrainConfig
+from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, InfeasibleError, Interrupted, UsageError
 from gradscope.evaluation import extract_features, finetune_accuracy, knn_accuracy, linear_accuracy
 from gradscope.trainer import load_run, read_log, train
@@ -49,8 +52,12 @@ def test_log_rows_carry_what_is_documented(small_run: Path) -> None:
     rows = read_log(small_run)
     keys = {"step", "units", "samples", "fraction", "strategy", "loss", "lr", "samples_per_second", "seconds"}
     assert set(rows[0]) == keys
+    config = TrainConfig.from_dict(load_checkpoint(list_checkpoints(small_run)[0].path)["config"])
+    losses = [row for row in rows if "loss" in row]
+    for before, row in itertools.pairwise(losses):  # the rate of a step is that of the fraction spent before it
+        expected = config.lr * 16 / 256 * config.learning_rate_decay.factor(before["fraction"])
+        assert row["lr"] == pytest.approx(expected)
     assert [round(r["fraction"], 1) for r in rows if "accuracy" in r][-1] == 1.0
-    assert max(r["lr"] for r in rows if "lr" in r) <= 1.5e-3 * 16 / 256
 
 
 def test_a_stopped_run_continues_to_the_same_parameters(make_setting: Make, tmp_path: Path) -> None:
@@ -188,3 +195,91 @@ def test_features_ignore_the_training_mode_and_leave_it(small_run: Path) -> None
     assert model.backbone.training
     torch.testing.assert_close(first, extract_features(model.backbone.eval(), images, setting.data))
     assert not model.backbone.training
+
+
+def test_a_step_is_momentum_loss_backward_adamw_written_out(make_setting: Make, tmp_path: Path) -> None:
+    """Two steps by hand from the initial model: views, masks and rate as documented, torch's own AdamW."""
+    setting = make_setting(budget=130.0, warmup=0.0, momentum=0.5)
+    run(setting, tmp_path / "run", "patch=4,dropout=0.5")
+    trained = load_checkpoint(list_checkpoints(tmp_path / "run")[-1].path)
+    assert trained["step"] == 3
+    model, config, strategy = setting.new_model().train(), setting.config, Strategy(patch=4, dropout=0.5)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1)
+    for step in range(3):
+        fraction = step * 16 * 2.5 / 130
+        indices = setting.shuffled(0, 0)[step * 16 : (step + 1) * 16]
+        views = setting.views(indices, seeded("views", 0, step), torch.device("cpu"))
+        optimizer.param_groups[0]["lr"] = config.lr * 16 / 256 * (1 + math.cos(math.pi * fraction)) / 2
+        keep = 1 - (1 - 0.5) * (1 + math.cos(math.pi * fraction)) / 2
+        with torch.no_grad():
+            for slow, online in (
+                (model.momentum_backbone, model.backbone),
+                (model.momentum_projector, model.projector),
+            ):
+                for a, b in zip(slow.parameters(), online.parameters(), strict=True):
+                    a.mul_(keep).add_(b, alpha=1 - keep)
+        optimizer.zero_grad()
+        model.loss((views[0], views[1]), strategy, seeded("mask", 0, step)).backward()
+        optimizer.step()
+    state = trained["optimizer"]["state"]
+    moments = {name: state[i]["exp_avg_sq"] for i, name in enumerate(trained["parameter_names"])}
+    compared = 0
+    for name, value in model.named_parameters():
+        online = name.removeprefix("momentum_")
+        if online in moments:  # where the gradient is nothing but rounding (a bias before BatchNorm), Adam blows it up
+            real = moments[online] > 1e-13
+            torch.testing.assert_close(trained["model"][name][real], value[real], rtol=1e-3, atol=2e-6)
+            compared += int(real.sum())
+    assert compared > 0.9 * sum(
+        p.numel() for n, p in model.named_parameters() if n.removeprefix("momentum_") in moments
+    )
+
+
+def seeded(stream: str, seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(stream, seed, step))
+
+
+def test_the_last_step_is_always_kept_and_only_its_accuracy_is_the_result(make_setting: Make, tmp_path: Path) -> None:
+    setting = make_setting(checkpoints=(0.5,), evaluations=(0.0, 0.5))
+    result = run(setting, tmp_path / "run")
+    assert list_checkpoints(tmp_path / "run")[-1].step == result.step
+    assert result.accuracy is None
+    assert next(row["step"] for row in read_log(tmp_path / "run") if "accuracy" in row) == 0
+    assert run(setting, tmp_path / "run") == result
+
+
+def test_a_signal_in_the_last_step_stops_what_would_follow(make_setting: Make, tmp_path: Path) -> None:
+    def stop(fraction: float, text: str) -> None:
+        if text.startswith("kNN") and fraction > 0.9:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="complete"):
+        run(make_setting(), tmp_path / "run", report=stop)
+    assert run(make_setting(), tmp_path / "run").accuracy is not None
+
+
+def test_training_leaves_other_files_of_the_folder_alone(make_setting: Make, tmp_path: Path) -> None:
+    (tmp_path / "schedule.json").write_text("mine")
+    run(make_setting(), tmp_path)
+    assert (tmp_path / "schedule.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": "abc"}, "budget is 'abc'; it must be a number"),
+        ({"budget": float("nan")}, "budget is nan"),
+        ({"checkpoints": ("a",)}, "checkpoints is .*several of: a number"),
+        ({"evaluations": 0.5}, "evaluations is 0.5; it must be several of"),
+        ({"head_hidden": 1.5}, "head_hidden is 1.5; it must be a whole number"),
+        ({"freeze_patch_embed": 1}, "freeze_patch_embed is 1; it must be True or False"),
+        ({"lr": -1.0}, "lr is -1.0; it must be positive"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"weight_decay": -3.0}, "weight_decay is -3.0"),
+        ({"momentum": 5.0}, r"momentum: 5.0 must lie in \[0, 1\]"),
+    ],
+)
+def test_every_setting_is_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**{"budget": 1e3, **changes})  # type: ignore[arg-type]

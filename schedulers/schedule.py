@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from schedulers.errors import ScheduleError, UsageError
+from schedulers.errors import GradscopeError, ScheduleError, UsageError
 from schedulers.fields import Fields, parse_json
 from schedulers.strategy import Strategy
 
@@ -228,7 +228,7 @@ def load_schedule(path: str | os.PathLike[str]) -> Schedule:
 def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     """Write a schedule file whole or not at all: a temporary sibling, fsync, rename.
 
-    Raises UsageError when the folder is missing or cannot be written.
+    Raises GradscopeError when the folder is missing or cannot be written.
     """
     target = Path(path)
     text = schedule.to_json()
@@ -240,7 +240,8 @@ def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise UsageError(f"schedule file {target} cannot be written: {error.strerror}") from None
+        reason = error.strerror or error
+        raise GradscopeError(f"{target}: cannot be written ({reason}); choose a folder you may write to") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=parse_count, default=BUDGET)
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="checkpoints of the runs; may be deleted")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, a tiny budget, one shorter run; writes no summary"
     )

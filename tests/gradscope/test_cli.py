@@ -102,9 +102,17 @@ def test_cost_prints_the_documented_object(run) -> None:  # type: ignore[no-unty
             "unknown axis 'size'; the axes are patch, dropout",
         ),
         (("train", "--budget", "1K", "--out", "x", "--set", "momentun=1"), 2, "momentun"),
-        (("train", "--budget", "100", "--out", "x"), 3, "the smallest budget that does is 512"),
+        (("train", "--budget", "100", "--out", "x"), 3, "the smallest budget that does is 256"),
         (("train", "--budget", "1K", "--out", "/proc/x"), 1, "cannot be written"),
         (("cost", "--image-size", "239", "--grid", "patch=16"), 2, "does not divide image_size=239"),
+        (
+            ("train", "--budget", "1K", "--out", "x", "--set", "head_hidden=abc"),
+            2,
+            "head_hidden is 'abc'; it must be a whole",
+        ),
+        (("train", "--budget", "1K", "--out", "x", "--set", "budget=5K"), 2, "has an option of its own, --budget"),
+        (("train", "--budget", "1K", "--out", "x", "--grid", "patch=a,b"), 2, "take numbers"),
+        (("cost", "--grid", "patch=a"), 2, "take numbers"),
         (("cost", "--method", "byol"), 2, "unknown method 'byol'"),
         (("evaluate", "absent.pt"), 1, "no such checkpoint"),
         (("show", "absent.nc"), 2, "no such file"),
@@ -142,10 +150,44 @@ def test_a_users_task_by_name(run, tmp_path: Path) -> None:  # type: ignore[no-u
     facts = json.loads(out)
     assert code == 4 and facts["measured"] == 12 and len(facts["failed"]) == 6
     assert "failed: progress=0,keep=all,noise=2: NonFiniteError" in err
-    code, out, _ = run(
-        "profile", "ckpts", "--task", "tests.gradscope.tasks_for_tests:LineTask", "--samples", 24, "--dry-run"
+    line = (
+        "profile",
+        "ckpts",
+        "--task",
+        "tests.gradscope.tasks_for_tests:LineTask",
+        "--samples",
+        24,
+        "--out",
+        "line.nc",
     )
-    assert code == 0 and "18 cells (3 checkpoints x 6 strategies)" in out
+    code, out, _ = run(*line, "--dry-run", "--json")
+    planned = json.loads(out)
+    assert code == 0 and planned["cells"] == 18 and not Path("line.nc").exists()
+    code, out, _ = run(*line, "--json")
+    second_moments = 3 * 4 * 8 * 3  # three checkpoints without optimizer state, four reference sub-batches each
+    assert code == 0 and json.loads(out)["units"] == pytest.approx(planned["units"] + second_moments)
+    assert "0 cells to measure on a grid of 6 strategies, nothing to do" in run(*line, "--dry-run")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--task", "tests.gradscope.tasks_for_tests"), 1, "not of the form module:Class"),
+        (("--task", "tests.gradscope.tasks_for_tests:Absent"), 1, "has no attribute 'Absent'"),
+        (("--task", "gradscope.task:Task"), 1, "abstract"),
+        (("--task", "os:getcwd"), 1, "is no gradscope.Task"),
+        (("--task", "tests.gradscope.tasks_for_tests:LineTask", "--samples", "1"), 2, "use --samples 24 or more"),
+        (("--task", "tests.gradscope.tasks_for_tests:LineTask", "--batch-size", "0"), 2, "batch_size is 0"),
+        (("--task", "tests.gradscope.tasks_for_tests:LineTask", "--grid", "noise=0;noise=2"), 2, "given twice"),
+        (("--task", "tests.gradscope.tasks_for_tests:LineTask", "--out", "/proc/cube.nc"), 1, "cannot be written"),
+    ],
+)
+def test_wrong_tasks_and_options_of_a_profile(
+    run, tmp_path: Path, words: tuple[str, ...], code: int, message: str
+) -> None:  # type: ignore[no-untyped-def]
+    make_checkpoints(tmp_path / "ckpts")
+    got, out, err = run("profile", "ckpts", *words)
+    assert got == code and out == "" and message in err
 
 
 def test_flags_win_over_environment_over_file_over_defaults(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from schedulers import (
+    GradscopeError,
     Schedule,
     ScheduleError,
     Stage,
@@ -322,7 +323,7 @@ def test_a_failed_write_leaves_the_old_file(broken: str, tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(UsageError, match=r"schedule\.json cannot be written: No space left on device"):
+    with pytest.raises(GradscopeError, match=r"schedule\.json: cannot be written \(No space left on device\); choose"):
         save_schedule(two_stages(budget=7.0), tmp_path / "schedule.json")
     assert os.listdir(tmp_path) == ["schedule.json"]
     assert load_schedule(tmp_path / "schedule.json") == two_stages()
@@ -353,10 +354,10 @@ def test_the_file_is_whole_and_on_disk_before_it_takes_its_name(
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.json cannot be read: No such file"):
         load_schedule(tmp_path / "none.json")
-    with pytest.raises(UsageError, match=r"schedule\.json cannot be written: No such file"):
+    with pytest.raises(GradscopeError, match=r"schedule\.json: cannot be written \(No such file"):
         save_schedule(two_stages(), tmp_path / "none" / "schedule.json")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written: Not a directory"):
+    with pytest.raises(GradscopeError, match=r"cannot be written \(Not a directory"):
         save_schedule(two_stages(), tmp_path / "file" / "schedule.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ScheduleError, match=r"binary\.json: not a schedule: the file is not UTF-8"):

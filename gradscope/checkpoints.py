@@ -44,15 +44,16 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint of the bundled trainer onto the CPU, with `weights_only=True`.
 
+    `mmap` leaves tensors on disk until they are used: for reading step, units and settings alone.
     Raises CheckpointError when the file is missing, damaged, of a newer format, or not the trainer's.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -78,7 +79,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     found = []
     for path in sorted(folder.glob("step-*.pt")):
         if re.fullmatch(r"step-\d+", path.stem):
-            content = load_checkpoint(path)
+            content = load_checkpoint(path, mmap=True)
             found.append(Checkpoint(path, content["step"], min(content["units"] / content["config"]["budget"], 1.0)))
     if not found:
         raise CheckpointError(

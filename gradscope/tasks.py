@@ -44,7 +44,9 @@ class PretrainTask(Task):
     ) -> PretrainTask:
         """The task of a folder of checkpoints. Raises CheckpointError when there are none, or of different runs."""
         checkpoints = list_checkpoints(folder)
-        configs = [config_of(load_checkpoint(checkpoint.path), checkpoint.path) for checkpoint in checkpoints]
+        configs = [
+            config_of(load_checkpoint(checkpoint.path, mmap=True), checkpoint.path) for checkpoint in checkpoints
+        ]
         for checkpoint, config in zip(checkpoints, configs, strict=True):
             changed = configs[0].changed(config)
             if changed:
@@ -117,7 +119,7 @@ class PretrainTask(Task):
         }
 
     def training(self, folder: Path) -> Mapping[str, Any]:
-        content = load_checkpoint(list_checkpoints(folder)[-1].path)
+        content = load_checkpoint(list_checkpoints(folder)[-1].path, mmap=True)
         schedule = Schedule.from_json(content["schedule"])
         stages = [
             f"{stage.start:g}-{stage.end:g}: " + " | ".join(str(s) for s, weight in stage.mixture if weight > 0)

@@ -15,6 +15,8 @@ def test_crossing_is_linear_in_the_logarithm_of_the_budget() -> None:
     assert crossing(points, 0.8) == pytest.approx(400)
     assert crossing(points, 0.5) == 100.0
     assert crossing(points, 0.81) is None
+    lucky = [(50.0, 0.7), *points]
+    assert crossing(lucky, 0.65) == pytest.approx(math.sqrt(100 * 200))
 
 
 def seed(plain: float, short: float, full: float) -> dict[str, object]:

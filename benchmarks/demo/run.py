@@ -4,7 +4,7 @@
 
 For each seed the demo is run as `gradscope demo` runs it (pilot, profile, schedule, three runs at the same
 budget). The schedule found is then also run at smaller budgets, each a whole run with its own warm-up and
-decay, and the budget at which its kNN accuracy crosses that of the unaccelerated run is interpolated linearly
+decay, and the budget from which on its kNN accuracy is that of the unaccelerated run is interpolated linearly
 in the logarithm of the budget. Pilot and profile are charged as the number of runs at equal accuracy after
 which they have paid for themselves. Results of a seed are written to `results/` as soon as it is finished; a
 seed that is there is not run again, and an interrupted one continues from `--work`.
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import device_text
-from benchmarks.summary import Row, write_summary
+from benchmarks.summary import Row, table, write_summary
 from gradscope.config import open_setting
 from gradscope.demo import BUDGET, demo_config, run_demo
 from gradscope.files import write_text
@@ -61,18 +61,19 @@ def run_seed(seed: int, budget: float, work: Path, shares: tuple[float, ...], de
 
 
 def crossing(points: list[tuple[float, float]], accuracy: float) -> float | None:
-    """Smallest budget at which `points` (budget, accuracy), by budget, reach `accuracy`; log-linear in between.
+    """Smallest budget from which on `points` (budget, accuracy) stay at `accuracy` or above; log-linear in between.
 
-    The first budget itself when it is already enough, None when none is.
+    A shorter run that reached it by luck, with a longer one below, does not count. The first budget itself when
+    no run is below, None when the last one is.
     """
     points = sorted(points)
-    if points[0][1] >= accuracy:
-        return points[0][0]
-    for (b0, a0), (b1, a1) in itertools.pairwise(points):
-        if a0 < accuracy <= a1:
+    if points[-1][1] < accuracy:
+        return None
+    for (b0, a0), (b1, a1) in reversed(list(itertools.pairwise(points))):
+        if a0 < accuracy:
             share = (accuracy - a0) / (a1 - a0)
             return math.exp(math.log(b0) + share * (math.log(b1) - math.log(b0)))
-    return None
+    return points[0][0]
 
 
 def rows_of(results: list[dict[str, Any]], device: str, date: str) -> list[Row]:
@@ -194,8 +195,7 @@ def main() -> None:
         parser.error(f"{FOLDER / 'results'} holds runs of another budget than {options.budget:g}; move them away")
     rows = rows_of(results, results[0]["device"], results[0]["date"])
     write_summary(FOLDER / "summary.json", rows)
-    for row in rows:
-        print(f"{row.claim}: {row.value:g} [{row.low:g}, {row.high:g}] {row.unit}")
+    print(table([("demo", row) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def profile(
         "failed": summary.failures,
         "units": summary.units,
     }
+    spent = f"{format_count(summary.units)} units spent" if summary.units else "nothing to do"
     lines = [
-        f"{out}: {summary.measured} cells measured, {summary.reused} reused, {len(summary.failures)} "
-        f"failed; {format_count(summary.units or 1)} units"
+        f"{out}: {summary.measured} cells measured, {summary.reused} reused, {len(summary.failures)} failed; {spent}"
     ]
     emit(done, [*lines, *untrained_note(tree.attrs, measured)], as_json=as_json)
     for cell, reason in list(summary.failures.items())[:5]:

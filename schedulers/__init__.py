@@ -18,7 +18,7 @@ from schedulers.counts import format_count, parse_count
 from schedulers.criteria import CRITERIA, MOMENTS, Criterion, Moments, criterion_se, get_criterion, readable
 from schedulers.decay import DECAY_KINDS, Decay
 from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, UsageError
-from schedulers.optimizer import Constraints, optimize
+from schedulers.optimizer import Constraints, optimize, undecided_share
 from schedulers.profile import Profile
 from schedulers.program import solve
 from schedulers.schedule import (
@@ -73,4 +73,5 @@ __all__ = [
     "solve",
     "token_cost",
     "token_counts",
+    "undecided_share",
 ]

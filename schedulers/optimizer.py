@@ -126,6 +126,24 @@ def optimize(
     )
 
 
+def undecided_share(profile: Profile, schedule: Schedule, criterion: str | Criterion, *, slices: int = 100) -> float:
+    """Share of the budget in which another strategy is within two standard errors of the schedule's main one.
+
+    The standard error of a difference is taken as that of independent scores, which overstates it: paired
+    measurements err together. 0 without standard errors.
+    """
+    scores, errors = profile.scores(criterion, np.arange(slices) / slices)
+    grid = profile.grid
+    chosen = [
+        int(np.ravel_multi_index(grid.position(schedule.at(k / slices).strategy), grid.shape)) for k in range(slices)
+    ]
+    rows = np.arange(slices)
+    apart = np.abs(scores - scores[rows, chosen][:, None])
+    near = apart <= 2 * np.hypot(errors, errors[rows, chosen][:, None])
+    near[rows, chosen] = False
+    return float(near.any(axis=1).mean())
+
+
 def _best_path(profile: Profile, criterion: Criterion, constraints: Constraints, score: FloatArray) -> NDArray[np.intp]:
     slices = len(score)
     loss = score if criterion.lower_is_better else -score

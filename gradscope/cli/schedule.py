@@ -52,7 +52,7 @@ def optimize(
     """
     from gradscope.cube import grid_of, open_cube, profile_of
     from gradscope.errors import UsageError
-    from schedulers import Constraints, format_count, save_schedule
+    from schedulers import Constraints, format_count, save_schedule, undecided_share
     from schedulers import optimize as solve
 
     if criterion not in ("ca-mse", "descent", "descent-batch"):
@@ -91,6 +91,12 @@ def optimize(
         f"{plan.total_samples:,.0f} samples, {plan.total_samples / reference_samples:.1f} x as many as "
         f"without acceleration -> {out}",
     ]
+    undecided = undecided_share(profile, plan, criterion)
+    if undecided:
+        lines.append(
+            f"in {undecided:.0%} of the budget another strategy is within two standard errors of the one chosen; "
+            "`gradscope profile` with more --samples tells them apart"
+        )
     emit(json.loads(plan.to_json()), lines, as_json=as_json)
 
 

@@ -148,7 +148,10 @@ def evaluate(
             found["knn"] = knn_accuracy(features[0], data.train_labels, features[1], data.test_labels)
         if linear:
             found["linear"] = linear_accuracy(features[0], data.train_labels, features[1], data.test_labels)
+    for name, value in found.items():
+        note(f"{name} {value:.1%}")
     if finetune:
+        note(f"fine-tuning for {epochs} epochs (--epochs)")
         found["finetune"] = finetune_accuracy(model.backbone, data, epochs=epochs)
     emit(
         {"checkpoint": str(path), "accuracy": found},
@@ -177,7 +180,9 @@ def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -
     types = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for text in settings:
         key, equals, value = text.partition("=")
-        if not equals or key not in types:
+        if equals and key not in types:
+            raise UsageError(f"--set {text!r}: unknown setting {key!r}; the settings are {', '.join(sorted(types))}")
+        if not equals:
             raise UsageError(
                 f"--set {text!r}: not of the form setting=value; the settings are {', '.join(sorted(types))}"
             )

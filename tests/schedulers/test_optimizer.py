@@ -1,10 +1,22 @@
+import dataclasses
 import itertools
 import math
 
 import numpy as np
 import pytest
 
-from schedulers import Constraints, Grid, InfeasibleError, Moments, Profile, Schedule, Strategy, UsageError, optimize
+from schedulers import (
+    Constraints,
+    Grid,
+    InfeasibleError,
+    Moments,
+    Profile,
+    Schedule,
+    Strategy,
+    UsageError,
+    optimize,
+    undecided_share,
+)
 
 GRIDS = [
     (Grid({"mode": ("a", "b", "c")}, Strategy(mode="c")), [1.0, 2.5, 4.0]),
@@ -354,3 +366,22 @@ def test_arguments_out_of_range_are_refused(arguments: dict, match: str) -> None
 def test_constraints_out_of_range_are_refused(arguments: dict, match: str) -> None:
     with pytest.raises(UsageError, match=match):
         Constraints(**arguments)
+
+
+def test_undecided_share_counts_the_slices_with_a_near_rival() -> None:
+    """Two strategies: 10 apart with errors of 1 in the first half of training, equal in the second."""
+    ones = np.ones((3, 2))
+    inner = np.array([[0.9, 0.1], [0.9, 0.1], [0.5, 0.5]])
+    covariance = np.zeros((3, 2, 5, 5))
+    covariance[..., 3, 3] = 0.01**2
+    found = Profile(
+        grid=Grid({"mode": ("a", "b")}, Strategy(mode="b")), progress=np.array([0.0, 0.5, 1.0]), cost=np.ones(2),
+        moments=Moments(ones, ones, ones, inner, ones), covariance=covariance, batch_size=1, beta=1.0,
+        metric="euclidean", cost_model="tokens", digest="",
+    )  # fmt: skip
+    plan = optimize(found, 1e6)
+    share = undecided_share(found, plan, "descent")
+    scores, errors = found.scores("descent", np.arange(100) / 100)
+    expected = (np.abs(scores[:, 0] - scores[:, 1]) <= 2 * np.hypot(errors[:, 0], errors[:, 1])).mean()
+    assert share == expected and 0 < share < 0.2
+    assert undecided_share(dataclasses.replace(found, covariance=None), plan, "descent") == 0

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradscope.cube import open_cube, profile_of, save_cube
     from gradscope.merge import merge_cubes
-    from gradscope.profiler import ProfileOptions, profile
+    from gradscope.profile_options import ProfileOptions
+    from gradscope.profiler import profile
     from gradscope.task import Checkpoint, Task
     from schedulers import Constraints, Grid, Schedule, Strategy, load_schedule, optimize
 
@@ -19,7 +20,7 @@ _HOMES = {
     "Checkpoint": "gradscope.task",
     "Constraints": "schedulers",
     "Grid": "schedulers",
-    "ProfileOptions": "gradscope.profiler",
+    "ProfileOptions": "gradscope.profile_options",
     "Schedule": "schedulers",
     "Strategy": "schedulers",
     "Task": "gradscope.task",

@@ -158,9 +158,7 @@ def new_groups(cube: xr.Dataset, group_names: Sequence[str]) -> xr.Dataset:
     return groups
 
 
-def put_cell(
-    cube: xr.Dataset, groups: xr.Dataset, index: tuple[int, ...], found: Estimates, *, batch_size: int, key: str
-) -> None:
+def put_cell(cube: xr.Dataset, groups: xr.Dataset, index: tuple[int, ...], found: Estimates, *, key: str) -> None:
     """Write one finished cell at `index` = positions (progress, *axes), its criteria at the cube's beta included."""
     values, errors = found.total_WE, found.total_se_WE
     for name in (*QUANTITIES, "norm_sq_ref"):
@@ -187,7 +185,7 @@ def put_cell(
             criterion, moments, covariance, cost, **settings
         )
     cube["status"].values[index] = DONE
-    cube["n_samples"].values[index] = found.count * batch_size
+    cube["n_samples"].values[index] = found.samples
     cube["cell_key"].values[index] = key
 
 

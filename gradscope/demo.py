@@ -15,7 +15,8 @@ import torch
 from gradscope.config import TrainConfig, open_setting
 from gradscope.cube import FAILED, profile_of
 from gradscope.files import write_text
-from gradscope.profiler import ProfileOptions, profile
+from gradscope.profile_options import ProfileOptions
+from gradscope.profiler import profile
 from gradscope.progress import Progress
 from gradscope.report import write_report
 from gradscope.tasks import PretrainTask

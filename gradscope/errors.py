@@ -25,6 +25,10 @@ class NonFiniteError(GradscopeError):
     """A loss or gradient that is NaN or infinite."""
 
 
+class RankError(GradscopeError):
+    """Another process of a distributed job is gone or does not answer."""
+
+
 class Interrupted(GradscopeError):
     """A signal asked the run to stop; everything finished is saved. Exit code 130 (SIGINT) or 143 (SIGTERM)."""
 
@@ -41,6 +45,7 @@ __all__ = [
     "InfeasibleError",
     "Interrupted",
     "NonFiniteError",
+    "RankError",
     "ScheduleError",
     "TaskError",
     "UsageError",

@@ -1,30 +1,38 @@
-"""Moments of accelerated gradients and their standard errors, from a stream of sub-batch gradients.
+"""Moments of accelerated gradients and their standard errors, from a stream of sub-batch blocks.
 
-Notation of design section 3: g_m is the gradient of sub-batch m (K samples) under a strategy, z_m the
-reference's on the same sub-batch, d_m = g_m - z_m, m = 1..M. Every estimate below is raw and signed.
+A *term* is one draw of a gradient: of a sub-batch's mean loss, or of one sample's loss. g_i are a strategy's
+terms, z_i the reference's on the same data, d_i = g_i - z_i, i = 1..N; sub-batch m contributes a block of
+K_m terms whose sums are S_m. Every estimate below is raw and signed (design section 3).
 
-    variance       K/(M-1) sum |g_m - mean g|^2                     unbiased trace of the per-sample covariance
+    variance       k (sum |g_i|^2 / N - U(g, g))                   unbiased trace of the per-sample covariance
     bias_sq        U(d, d)                                           unbiased |E g - E z|^2
-    bias_sq_plugin |mean d|^2                                        the paper's; too large by tr Cov(d)/M
+    bias_sq_plugin |mean d|^2                                        the paper's; too large by tr Cov(d)/N
     norm_sq        U(g, g)                                           unbiased |E g|^2
     inner          U(g, z)                                           unbiased <E g, E z>
     norm_sq_ref    U(z, z)                                           unbiased |E z|^2
 
-with U(a, b) = sum_{i != j} <a_i, b_j> / (M (M-1)) = <mean a, mean b> - sum <a_m - mean a, b_m - mean b> / (M (M-1)).
-Inner products may be taken in a diagonal metric, <a, b>_W = sum w a b, and are kept per parameter group.
+k is the samples of one term. U averages <a_i, b_j> over pairs of independent terms: over all i != j, or, when
+the terms of one sub-batch share something random (negatives), over pairs from different sub-batches only,
+
+    U(a, b) = (<sum a, sum b> - sum_i <a_i, b_i>) / (N (N-1))        or
+    U(a, b) = (<sum a, sum b> - sum_m <S^a_m, S^b_m>) / (N^2 - sum K_m^2).
+
+With one term per sub-batch the two are the same. Inner products may be taken in a diagonal metric,
+<a, b>_W = sum w a b, and are kept per parameter group.
 
 Point estimates are exact: a stream keeps the sum of its vectors (float32) and sums of squares (float64),
 never M vectors. Standard errors are a delete-one jackknife over sub-batches, which needs inner products
-between replicates; those are taken in a random sketch of each replicate (a CountSketch, Charikar, Chen,
+between blocks; those are taken in a random sketch of each block's sum (a CountSketch, Charikar, Chen,
 Farach-Colton 2002: random signs, buckets by position modulo a prime, one sketch per parameter group).
 
-Shapes: P parameter, G parameter group, W metric, M replicate, S sketch entry.
+Shapes: P parameter, G parameter group, W metric, M sub-batch, S sketch entry, E estimate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,95 +92,162 @@ class Sketch:
         return torch.stack(rows).cpu()
 
 
+@dataclass(frozen=True)
+class Block:
+    """What one sub-batch says of one strategy.
+
+    `sum_P`: sum of the terms' gradients, float32 (float64 for a model in float64); `terms`: how many;
+    `squares_WG` and `cross_WG`: float64 sums over the terms of |g_i|^2 and of <g_i, z_i> with the reference's.
+    """
+
+    sum_P: Tensor
+    terms: int
+    squares_WG: Array
+    cross_WG: Array
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What is kept of a block: its scalars, the products of its sum, and the sum's sketch (W, G, S)."""
+
+    terms: int
+    squares_WG: Array
+    cross_WG: Array
+    own_WG: Array
+    with_reference_WG: Array
+    sketch_WGS: NDArray[np.float32]
+
+
+@dataclass
 class GradientStream:
-    """Streaming sums of one strategy's replicates g_1, g_2, ...: what the estimators need of it alone."""
+    """One strategy's blocks so far: the sum of all their terms (P), and a record per sub-batch number."""
 
-    def __init__(self, layout: GroupLayout, metrics: Metrics, sketch: Sketch) -> None:
-        self.layout, self.metrics, self.sketch = layout, metrics, sketch
-        self.count = 0
-        self.sum_P: Tensor | None = None
-        self.squares_WG = np.zeros((len(metrics.names), len(layout.names)))
-        self.sketches: list[Tensor] = []
+    layout: GroupLayout
+    metrics: Metrics
+    sketch: Sketch
+    sum_P: Tensor
+    records: dict[int, BlockRecord]
 
-    def add(self, gradient_P: Tensor) -> None:
-        """Take in one replicate, (P) float32; the caller may reuse the tensor afterwards."""
-        self.sum_P = gradient_P.clone() if self.sum_P is None else self.sum_P.add_(gradient_P)
-        self.squares_WG += inner_products(gradient_P, gradient_P, self.layout, self.metrics)
-        self.sketches.append(
-            torch.stack(
-                [self.sketch(gradient_P if w is None else gradient_P * w.sqrt()) for w in self.metrics.weights.values()]
-            )
+    @classmethod
+    def empty(cls, layout: GroupLayout, metrics: Metrics, sketch: Sketch, zeros_P: Tensor) -> GradientStream:
+        """No blocks yet; sums are kept in `zeros_P`, on its device, which may be another than the gradients'."""
+        return cls(layout, metrics, sketch, zeros_P, {})
+
+    def add(self, number: int, block: Block, reference: Block) -> None:
+        """Take in sub-batch `number`; `reference` is the reference's block on it (its own for the reference)."""
+        own, both = block.squares_WG, block.cross_WG
+        if block.terms > 1:
+            own = inner_products(block.sum_P, block.sum_P, self.layout, self.metrics)
+            both = inner_products(block.sum_P, reference.sum_P, self.layout, self.metrics)
+        sketch = np.stack(
+            [
+                self.sketch(block.sum_P if w is None else block.sum_P * w.sqrt()).numpy()
+                for w in self.metrics.weights.values()
+            ]
         )
-        self.count += 1
-
-
-class PairedSums:
-    """Streaming sums over pairs (g_m, z_m) that neither stream has alone."""
-
-    def __init__(self, layout: GroupLayout, metrics: Metrics) -> None:
-        self.layout, self.metrics = layout, metrics
-        shape = (len(metrics.names), len(layout.names))
-        self.difference_WG, self.cross_WG = np.zeros(shape), np.zeros(shape)
-
-    def add(self, gradient_P: Tensor, reference_P: Tensor) -> None:
-        difference_P = gradient_P - reference_P
-        self.difference_WG += inner_products(difference_P, difference_P, self.layout, self.metrics)
-        self.cross_WG += inner_products(gradient_P, reference_P, self.layout, self.metrics)
+        self.records[number] = BlockRecord(block.terms, block.squares_WG, block.cross_WG, own, both, sketch)
+        self.sum_P += block.sum_P.to(self.sum_P.device)
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """Estimates in every metric, per parameter group and in total.
+    """Estimates in every metric, per parameter group and in total, in the order of ESTIMATES.
 
-    `groups`: (W, G, E) and `total`: (W, E) float64 in the order of ESTIMATES; `groups_se` one standard error
-    of each; `covariance`: (W, E, E) jackknife covariance of the totals (its diagonal is se^2). With fewer than
-    three replicates the standard errors are NaN.
+    `blocks` M sub-batches of together `samples` samples. `total` (W, E), `groups` (W, G, E) with one standard
+    error of each; `covariance` (W, E, E) jackknife covariance of the totals (its diagonal is se^2). `deleted`
+    (M, W, E): the totals with one sub-batch left out, from which the standard error of any function of them,
+    and of differences between strategies measured on the same sub-batches, follows. With fewer than three
+    sub-batches these are NaN.
     """
 
-    count: int
+    blocks: int
+    samples: int
     total_WE: Array
     covariance_WEE: Array
     groups_WGE: Array
     groups_se_WGE: Array
+    deleted_MWE: Array
 
     @property
     def total_se_WE(self) -> Array:
         return np.asarray(np.sqrt(np.diagonal(self.covariance_WEE, axis1=1, axis2=2)))
 
 
-def estimate(stream: GradientStream, reference: GradientStream, paired: PairedSums, *, batch_size: int) -> Estimates:
-    """All estimates of one strategy against the reference from M >= 2 paired replicates of `batch_size` samples.
+def estimate(
+    stream: GradientStream, reference: GradientStream, *, term_samples: int = 1, independent: bool = True
+) -> Estimates:
+    """All estimates of one strategy against the reference from at least two paired sub-batches.
 
-    For the reference itself pass the same stream twice: its bias is then exactly zero.
+    `term_samples`: samples of one term (K for the sub-batch engine, 1 for per-sample engines). `independent`:
+    whether the terms of one sub-batch are independent of each other. For the reference itself pass the same
+    stream twice: its bias is then exactly zero. Raises ValueError when the streams hold different sub-batches.
     """
-    count = stream.count
-    if count != reference.count or count < 2:
+    numbers = sorted(stream.records)
+    if numbers != sorted(reference.records) or len(numbers) < 2:
         raise ValueError(
-            f"{count} replicates against {reference.count} of the reference: need at least two of each, paired"
+            f"{len(numbers)} sub-batches against {len(reference.records)} of the reference: "
+            "need the same ones, at least two"
         )
-    assert stream.sum_P is not None and reference.sum_P is not None
     layout, metrics = stream.layout, stream.metrics
-    difference_P = stream.sum_P - reference.sum_P
-    groups_WGE = _estimates(
-        count,
-        batch_size,
-        sum_gg=inner_products(stream.sum_P, stream.sum_P, layout, metrics),
-        sum_dd=inner_products(difference_P, difference_P, layout, metrics),
-        sum_gz=inner_products(stream.sum_P, reference.sum_P, layout, metrics),
-        sum_zz=inner_products(reference.sum_P, reference.sum_P, layout, metrics),
-        gg=stream.squares_WG,
-        dd=paired.difference_WG,
-        gz=paired.cross_WG,
-        zz=reference.squares_WG,
+    sums = _Products(
+        gg=inner_products(stream.sum_P, stream.sum_P, layout, metrics),
+        gz=inner_products(stream.sum_P, reference.sum_P, layout, metrics),
+        zz=inner_products(reference.sum_P, reference.sum_P, layout, metrics),
     )
-    deleted_MWGE = _delete_one(stream, reference, batch_size)
+    ours, theirs = [stream.records[m] for m in numbers], [reference.records[m] for m in numbers]
+    terms_M = np.array([record.terms for record in ours])
+    each = _Products(
+        gg=np.stack([record.squares_WG for record in ours]),
+        gz=np.stack([record.cross_WG for record in ours]),
+        zz=np.stack([record.squares_WG for record in theirs]),
+    )
+    blocks = _Products(
+        gg=np.stack([record.own_WG for record in ours]),
+        gz=np.stack([record.with_reference_WG for record in ours]),
+        zz=np.stack([record.own_WG for record in theirs]),
+    )
+    groups_WGE = _estimates(
+        terms_M.sum(),
+        (terms_M**2).sum(),
+        sums,
+        each.map(lambda a: a.sum(0)),
+        blocks.map(lambda a: a.sum(0)),
+        term_samples,
+        independent,
+    )
+    deleted_MWGE = np.full((len(numbers), *groups_WGE.shape), np.nan)
+    if len(numbers) > 2:
+        left = each.map(_left_out), blocks.map(_left_out)
+        between = _between_blocks(ours, theirs)
+        left_sums = _Products(*(pairs + own for pairs, own in zip(between, left[1], strict=True)))
+        count, squares = (values.reshape(-1, 1, 1) for values in (terms_M.sum() - terms_M, _left_out(terms_M**2)))
+        deleted_MWGE = _estimates(count, squares, left_sums, *left, term_samples, independent)
+    deleted_MWE = deleted_MWGE.sum(2)
     return Estimates(
-        count=count,
+        blocks=len(numbers),
+        samples=int(terms_M.sum()) * term_samples,
         total_WE=groups_WGE.sum(1),
-        covariance_WEE=_jackknife_covariance(deleted_MWGE.sum(2)),
+        covariance_WEE=_jackknife_covariance(deleted_MWE),
         groups_WGE=groups_WGE,
         groups_se_WGE=np.sqrt(_jackknife_variance(deleted_MWGE)),
+        deleted_MWE=deleted_MWE,
     )
+
+
+class _Products(NamedTuple):
+    """<g, g>, <g, z> and <z, z>, arrays of one shape."""
+
+    gg: Array
+    gz: Array
+    zz: Array
+
+    @property
+    def dd(self) -> Array:
+        """<d, d> of d = g - z; exactly zero where g is z."""
+        return np.asarray(self.gg - 2 * self.gz + self.zz)
+
+    def map(self, function: Callable[[Array], Array]) -> _Products:
+        return _Products(*map(function, self))
 
 
 def inner_products(a_P: Tensor, b_P: Tensor, layout: GroupLayout, metrics: Metrics) -> Array:
@@ -187,53 +262,49 @@ def inner_products(a_P: Tensor, b_P: Tensor, layout: GroupLayout, metrics: Metri
 
 
 def _estimates(
-    count: int,
-    batch_size: int,
-    *,
-    sum_gg: Array,
-    sum_dd: Array,
-    sum_gz: Array,
-    sum_zz: Array,
-    gg: Array,
-    dd: Array,
-    gz: Array,
-    zz: Array,
+    count: Array,
+    squares: Array,
+    sums: _Products,
+    each: _Products,
+    blocks: _Products,
+    term_samples: int,
+    independent: bool,
 ) -> Array:
-    """The estimates from <sum a, sum b> and sum <a_m, b_m>, arrays of one shape (...): (..., E)."""
-    pairs = count * (count - 1)
+    """The estimates (..., E) from arrays of one shape (...), N = `count`, sum K_m^2 = `squares`.
+
+    `sums`: products of the sums over all terms; `each`: sums over terms of their products; `blocks`: sums over
+    sub-batches of the products of their sums.
+    """
+    pairs = count * (count - 1) if independent else count**2 - squares
+    within = each if independent else blocks
+    norm_sq = (sums.gg - within.gg) / pairs
     return np.stack(
         [
-            (sum_dd - dd) / pairs,
-            sum_dd / count**2,
-            batch_size / (count - 1) * (gg - sum_gg / count),
-            (sum_gg - gg) / pairs,
-            (sum_gz - gz) / pairs,
-            (sum_zz - zz) / pairs,
+            (sums.dd - within.dd) / pairs,
+            sums.dd / count**2,
+            term_samples * (each.gg / count - norm_sq),
+            norm_sq,
+            (sums.gz - within.gz) / pairs,
+            (sums.zz - within.zz) / pairs,
         ],
         axis=-1,
     )
 
 
-def _delete_one(stream: GradientStream, reference: GradientStream, batch_size: int) -> Array:
-    """The estimates with replicate m left out, in sketch space: (M, W, G, E)."""
-    g = torch.stack(stream.sketches).double().numpy()  # (M, W, G, S)
-    z = g if stream is reference else torch.stack(reference.sketches).double().numpy()
-    d = g - z
-    count = len(g)
-    if count < 3:
-        return np.full((count, *g.shape[1:3], len(ESTIMATES)), np.nan)
+def _between_blocks(ours: Sequence[BlockRecord], theirs: Sequence[BlockRecord]) -> _Products:
+    """Sums over pairs of different sub-batches, with sub-batch m left out, in sketch space: (M, W, G) each."""
+    g, z = (np.stack([record.sketch_WGS for record in records]).astype(np.float64) for records in (ours, theirs))
 
-    def left_out(a: Array, b: Array) -> tuple[Array, Array]:
-        each = (a * b).sum(-1)
-        sum_a, sum_b = a.sum(0), b.sum(0)
-        of_sums = ((sum_a - a) * (sum_b - b)).sum(-1)
-        return of_sums, each.sum(0) - each
+    def pairs(a: Array, b: Array) -> Array:
+        of_sums = ((a.sum(0) - a) * (b.sum(0) - b)).sum(-1)
+        return np.asarray(of_sums - _left_out((a * b).sum(-1)))
 
-    (sum_gg, gg), (sum_dd, dd) = left_out(g, g), left_out(d, d)
-    (sum_gz, gz), (sum_zz, zz) = left_out(g, z), left_out(z, z)
-    return _estimates(
-        count - 1, batch_size, sum_gg=sum_gg, sum_dd=sum_dd, sum_gz=sum_gz, sum_zz=sum_zz, gg=gg, dd=dd, gz=gz, zz=zz
-    )
+    return _Products(pairs(g, g), pairs(g, z), pairs(z, z))
+
+
+def _left_out(values: Array) -> Array:
+    """The sum over the first axis with each entry left out in turn."""
+    return np.asarray(values.sum(0) - values)
 
 
 def _jackknife_covariance(deleted_MWE: Array) -> Array:

@@ -62,7 +62,7 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
     cubes = [tree.to_dataset() for tree in trees]
     first = cubes[0]
     for cube in cubes[1:]:
-        for name in ("task_digest", "seed", "batch_size", "reference", "beta"):
+        for name in ("task_digest", "seed", "batch_size", "reference", "beta", "engine", "precision"):
             if cube.attrs.get(name) != first.attrs.get(name):
                 raise CubeError(
                     f"the cubes differ in {name} ({first.attrs.get(name)} and {cube.attrs.get(name)}); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -35,12 +36,15 @@ class Task(ABC):
     `loss(model, batch, strategy, generator)` with the same batch for every strategy and differentiates it.
 
     Attributes: `grid` (axes, values, reference); `batch_size`, the K samples of a sub-batch, by default that
-    of the training run; `frozen`, names of trainable parameters that the loss does not reach on purpose.
+    of the training run; `frozen`, names of trainable parameters that the loss does not reach on purpose;
+    `independent_terms`, False where the loss terms of one sub-batch share something random besides the model
+    (negatives), so that per-sample estimates pair only terms of different sub-batches.
     """
 
     grid: Grid
     batch_size: int = 64
     frozen: Collection[str] = ()
+    independent_terms: bool = True
 
     @abstractmethod
     def load(self, checkpoint: Path) -> nn.Module:
@@ -57,6 +61,30 @@ class Task(ABC):
     @abstractmethod
     def cost(self, strategy: Strategy) -> float:
         """Units per sample: forward passes of one reference sequence, a backward pass counting two."""
+
+    def sample_losses(self, model: nn.Module, batch: Any, strategy: Strategy, generator: torch.Generator) -> Tensor:
+        """The loss term of every sample, (K,), whose mean is `loss`; writing it allows per-sample gradients.
+
+        Term i may depend on sample i and on constants (keys, teacher outputs) that carry no gradient. Without
+        it a sub-batch counts as one replicate, which is right for every loss.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no per-sample losses")
+
+    def sub_batches(self, size: int, seed: int, first: int = 0, every: int = 1) -> Iterator[Any]:
+        """Batches number `first`, `first + every`, ... of `batches(size, seed)`.
+
+        The default makes all of them and drops those between; override it where making one is expensive and
+        a profile runs on several ranks, each of which takes every N-th.
+        """
+        return itertools.islice(self.batches(size, seed), first, None, every)
+
+    def shared_costs(self, strategy: Strategy) -> Mapping[str, float]:
+        """The part of `cost(strategy)` that is spent once per sub-batch for all strategies naming the same key.
+
+        For a loss that keeps such work (a momentum encoder's keys) for the next strategy of the same batch;
+        it only makes the count of units right. Default: nothing is shared.
+        """
+        return {}
 
     def param_groups(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
         """Names of the trainable parameters by group; default: by module, each numbered block apart."""

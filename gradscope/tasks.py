@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class PretrainTask(Task):
         self.grid = grid or setting.config.grid(setting.image_size)
         self.batch_size = batch_size or setting.config.batch_size
         self.device = device or torch.device("cpu")
+        self._keys = _PerBatch()
 
     @classmethod
     def from_folder(
@@ -57,6 +59,7 @@ class PretrainTask(Task):
         return cls(open_setting(configs[0], data_folder), device=device)
 
     def load(self, checkpoint: Path) -> nn.Module:
+        self._keys = _PerBatch()  # another model gives other keys
         content = load_checkpoint(checkpoint)
         model = self.setting.new_model()
         model.load_state_dict(content["model"])
@@ -64,27 +67,34 @@ class PretrainTask(Task):
 
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
         """Views of `size` training images each, without replacement within an epoch."""
-        if size > len(self.setting.data.train_images):
-            raise UsageError(
-                f"sub-batches of {size} samples: {self.setting.config.data} has only "
-                f"{len(self.setting.data.train_images)}"
-            )
-        step = epoch = 0
-        while True:
-            order_N = self.setting.shuffled(epoch, derive_seed("profile", seed) % 2**31)
-            for indices_B in torch.split(order_N, size):
-                if len(indices_B) < size:
-                    break
-                generator = torch.Generator().manual_seed(derive_seed("profile views", seed, step))
-                yield self.setting.views(indices_B, generator, self.device)
-                step += 1
-            epoch += 1
+        return self.sub_batches(size, seed)
+
+    def sub_batches(self, size: int, seed: int, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        images = len(self.setting.data.train_images)
+        if size > images:
+            raise UsageError(f"sub-batches of {size} samples: {self.setting.config.data} has only {images}")
+        per_epoch, epoch, order_N = images // size, -1, torch.empty(0)
+        for step in itertools.count(first, every):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order_N = self.setting.shuffled(epoch, derive_seed("profile", seed) % 2**31)
+            start = step % per_epoch * size
+            generator = torch.Generator().manual_seed(derive_seed("profile views", seed, step))
+            yield self.setting.views(order_N[start : start + size], generator, self.device)
 
     def loss(
         self, model: nn.Module, batch: tuple[Tensor, ...], strategy: Strategy, generator: torch.Generator
     ) -> Tensor:
         assert isinstance(model, MoCoV3)
-        return model.loss((batch[0], batch[1]), strategy, generator)
+        patch = int(strategy.number("patch"))
+        state = next(model.momentum_backbone.parameters())._version  # keys of a moved encoder are others
+        key_BF = self._keys.of(batch[1], (patch, state), lambda: model.keys(batch[1], patch))
+        return model.loss((batch[0], batch[1]), strategy, generator, key_BF=key_BF)
+
+    def shared_costs(self, strategy: Strategy) -> Mapping[str, float]:
+        """The key's pass, which all strategies of one patch size share (the key drops no tokens)."""
+        counts = token_counts(self.setting.image_size, self.setting.config.patch, strategy)
+        return {f"key patch={strategy['patch']}": counts.key / counts.base}
 
     def cost(self, strategy: Strategy) -> float:
         return token_cost(self.setting.config.method, self.setting.image_size, self.setting.config.patch, strategy)
@@ -130,3 +140,18 @@ class PretrainTask(Task):
             "strategies": [str(strategy) for strategy in schedule.strategies],
             "budget": self.setting.config.budget,
         }
+
+
+class _PerBatch:
+    """What is computed once for a batch and then used again, as long as the same batch comes back."""
+
+    def __init__(self) -> None:
+        self._batch: Tensor | None = None
+        self._values: dict[Hashable, Tensor] = {}
+
+    def of(self, batch: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        if batch is not self._batch:
+            self._batch, self._values = batch, {}
+        if key not in self._values:
+            self._values[key] = compute()
+        return self._values[key]

@@ -21,6 +21,7 @@ from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, Us
 from schedulers.optimizer import Constraints, optimize, undecided_share
 from schedulers.profile import Profile
 from schedulers.program import solve
+from schedulers.racing import RaceRule, boundary_cells, contenders
 from schedulers.schedule import (
     Schedule,
     Stage,
@@ -48,13 +49,16 @@ __all__ = [
     "InfeasibleError",
     "Moments",
     "Profile",
+    "RaceRule",
     "Schedule",
     "ScheduleError",
     "Stage",
     "Strategy",
     "TokenCounts",
     "UsageError",
+    "boundary_cells",
     "constant_schedule",
+    "contenders",
     "criterion_se",
     "format_count",
     "get_criterion",

@@ -35,15 +35,49 @@ def profile(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Samples per cell; default 16 sub-batches.", envvar="GRADSCOPE_SAMPLES")
+        int | None,
+        typer.Option(
+            help="Most samples per cell; default 64 sub-batches (16 with a fixed allocation).",
+            envvar="GRADSCOPE_SAMPLES",
+        ),
     ] = None,
+    samples_per_cell: Annotated[
+        str,
+        typer.Option(
+            help="racing: more for the cells that a decision hangs on; fixed: the same for all.",
+            metavar="racing|fixed",
+        ),
+    ] = "racing",
+    criterion: Annotated[str, typer.Option(help="What racing decides by: descent, ca-mse, descent-batch.")] = "descent",
+    metric: Annotated[
+        str | None, typer.Option(help="In which metric: optimizer or euclidean; default: optimizer.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Advantages below this share of the best score are not worth samples.")
+    ] = 0.05,
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="Engine: auto, subbatch, per-sample, per-sample-fast.",
+            metavar="auto|subbatch|per-sample|per-sample-fast",
+            envvar="GRADSCOPE_ESTIMATOR",
+        ),
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Of the forward and backward passes: float32 or bf16 (autocast).")
+    ] = "float32",
+    accumulators: Annotated[
+        str, typer.Option(help="Where the strategies' sums are kept: auto, device or cpu (offloaded).")
+    ] = "auto",
     batch_size: Annotated[
         int | None, typer.Option(help="Samples per sub-batch (K); default: the run's batch size.")
     ] = None,
     grid: Annotated[
         str | None, typer.Option(help="Strategies, as patch=2,4,7;dropout=0,0.5; default: the run's grid.")
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Strategies measured side by side (memory: two gradients each).")] = 8,
+    group_size: Annotated[
+        int, typer.Option(help="Strategies measured side by side with --samples-per-cell fixed.")
+    ] = 16,
     seed: Seed = 0,
     data_folder: DataFolder = None,
     device: Device = "cpu",
@@ -58,36 +92,55 @@ def profile(
 
     gradscope profile ckpt_dir
     """
-    from gradscope.profiler import ProfileOptions, expected_work
+    from gradscope.profile_options import ProfileOptions
+    from gradscope.profiler import expected_work
     from gradscope.profiler import profile as run
     from gradscope.progress import Progress
+    from gradscope.ranks import open_ranks
     from schedulers import format_count
 
-    measured = open_task(task, ckpt_dir, data_folder, open_device(device))
-    if grid is not None:
-        measured.grid = override_grid(measured.grid, grid)
-    options = ProfileOptions(samples=samples, batch_size=batch_size, seed=seed, group_size=group_size)
-    if dry_run:
-        cells, units = expected_work(measured, ckpt_dir, out, options, overwrite)
-        facts: dict[str, Any] = {"cells": cells, "strategies": len(measured.grid), "units": units}
-        about = f"about {format_count(units)} units" if cells else "nothing to do"
-        emit(
-            facts, [f"{cells} cells to measure on a grid of {len(measured.grid)} strategies, {about}"], as_json=as_json
-        )
+    options = ProfileOptions(
+        samples=samples, batch_size=batch_size, seed=seed, allocation=samples_per_cell, criterion=criterion,
+        metric=metric, tolerance=tolerance, estimator=estimator, precision=precision, accumulators=accumulators,
+        group_size=group_size,
+    )  # fmt: skip
+    with open_ranks(open_device(device)) as (ranks, here):
+        measured = open_task(task, ckpt_dir, data_folder, here)
+        if grid is not None:
+            measured.grid = override_grid(measured.grid, grid)
+        if dry_run:
+            cells, least, most = expected_work(measured, ckpt_dir, out, options, overwrite)
+            about = f"{format_count(least)} to {format_count(most)}" if least < most else f"about {format_count(most)}"
+            emit(
+                {"cells": cells, "strategies": len(measured.grid), "units": most, "units_least": least},
+                [
+                    f"{cells} cells to measure on a grid of {len(measured.grid)} strategies, "
+                    f"{f'{about} units' if cells else 'nothing to do'}"
+                ],
+                as_json=as_json,
+            )
+            return
+        with Progress("profile", quiet=quiet or as_json or not ranks.first) as progress:
+            tree, summary = run(
+                measured, ckpt_dir, out, options=options, overwrite=overwrite, report=progress.update, ranks=ranks
+            )
+    if not ranks.first:
         return
-    with Progress("profile", quiet=quiet or as_json) as progress:
-        tree, summary = run(measured, ckpt_dir, out, options=options, overwrite=overwrite, report=progress.update)
     done: dict[str, Any] = {
         "cube": str(out),
         "measured": summary.measured,
         "reused": summary.reused,
         "failed": summary.failures,
         "units": summary.units,
+        "estimator": summary.engine or tree.attrs["engine"],
+        "estimator_reason": summary.engine_reason,
     }
     spent = f"{format_count(summary.units)} units spent" if summary.units else "nothing to do"
     lines = [
         f"{out}: {summary.measured} cells measured, {summary.reused} reused, {len(summary.failures)} failed; {spent}"
     ]
+    if summary.engine:
+        lines.append(f"estimator {summary.engine}: {summary.engine_reason}")
     emit(done, [*lines, *untrained_note(tree.attrs, measured)], as_json=as_json)
     for cell, reason in list(summary.failures.items())[:5]:
         note(f"failed: {cell}: {reason}")

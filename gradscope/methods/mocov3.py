@@ -82,12 +82,20 @@ class MoCoV3(nn.Module):
         self.momentum_backbone.requires_grad_(False)
         self.momentum_projector.requires_grad_(False)
 
-    def loss(self, views: tuple[Tensor, Tensor], strategy: Strategy, generator: torch.Generator) -> Tensor:
+    def loss(
+        self,
+        views: tuple[Tensor, Tensor],
+        strategy: Strategy,
+        generator: torch.Generator,
+        *,
+        key_BF: Tensor | None = None,
+    ) -> Tensor:
         """Mean loss of a batch under `strategy`, a scalar.
 
         `views`: query and key view, each (B, C, S, S) float. The query drops `strategy["dropout"]` of its
         tokens, the key none; both use `strategy["patch"]` (what the paper found best, its tables 2a to 2c).
-        Masks come from `generator`. BatchNorm statistics of the heads are updated as in any forward pass.
+        Masks come from `generator`. `key_BF`: what `keys` gave for this key view and patch, if known. BatchNorm
+        statistics of the heads are updated as in any forward pass.
         """
         query_BCSS, key_BCSS = views
         patch, dropout = int(strategy.number("patch")), strategy.number("dropout")
@@ -96,9 +104,15 @@ class MoCoV3(nn.Module):
             tokens = patch_tokens(self.backbone.image_size, patch)
             keep_BK = random_keep(len(query_BCSS), tokens, dropout, generator, query_BCSS.device)
         query_BF = self.predictor(self.projector(self.backbone(query_BCSS, patch=patch, keep_BK=keep_BK)))
-        with torch.no_grad():
-            key_BF = self.momentum_projector(self.momentum_backbone(key_BCSS, patch=patch))
+        if key_BF is None:
+            key_BF = self.keys(key_BCSS, patch)
         return contrastive_loss(query_BF, key_BF, self.config.temperature)
+
+    @torch.no_grad()
+    def keys(self, key_BCSS: Tensor, patch: int) -> Tensor:
+        """The momentum encoder's features (B, F) of a key view; they carry no gradient."""
+        key_BF: Tensor = self.momentum_projector(self.momentum_backbone(key_BCSS, patch=patch))
+        return key_BF
 
     def cost(self, strategy: Strategy) -> float:
         """Units per image: (3 L_q + L_k) / L_base with integer token counts, class token included (design 5)."""

@@ -16,7 +16,7 @@ from gradscope.errors import CubeError, GradscopeError, UsageError
 from schedulers import optimize
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
 
-OPTIONS = ProfileOptions(samples=32)
+OPTIONS = ProfileOptions(samples=32, allocation="fixed")
 
 
 @pytest.fixture

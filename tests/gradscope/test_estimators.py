@@ -12,13 +12,14 @@ from gradscope.estimators import (
     ESTIMATES,
     EUCLIDEAN,
     SKETCH_SIZE,
+    Block,
     Estimates,
     GradientStream,
     GroupLayout,
     Metrics,
-    PairedSums,
     Sketch,
     estimate,
+    inner_products,
     optimizer_weights,
     second_moment_from,
 )
@@ -28,21 +29,34 @@ LAYOUT = GroupLayout(("a", "b"), (12, 8))
 
 
 def run(
-    g_MP: torch.Tensor,
-    z_MP: torch.Tensor,
+    g_NP: torch.Tensor,
+    z_NP: torch.Tensor,
     *,
     batch_size: int,
     layout: GroupLayout = LAYOUT,
     metrics: Metrics = EUCLIDEAN,
+    terms: int = 1,
+    independent: bool = True,
 ) -> Estimates:
+    """Estimates from N terms given in sub-batches of `terms`; `batch_size` samples make a term."""
+    stream, reference = (empty_stream(layout, metrics) for _ in range(2))
+    parts = zip(g_NP.split(terms), z_NP.split(terms), strict=True)
+    for m, (g_KP, z_KP) in enumerate(parts):
+        z = block(z_KP, z_KP, layout, metrics)
+        stream.add(m, block(g_KP, z_KP, layout, metrics), z)
+        reference.add(m, z, z)
+    return estimate(stream, reference, term_samples=batch_size, independent=independent)
+
+
+def empty_stream(layout: GroupLayout, metrics: Metrics) -> GradientStream:
     sketch = Sketch(layout, seed=0, device=torch.device("cpu"))
-    stream, reference = GradientStream(layout, metrics, sketch), GradientStream(layout, metrics, sketch)
-    paired = PairedSums(layout, metrics)
-    for g_P, z_P in zip(g_MP, z_MP, strict=True):
-        stream.add(g_P)
-        reference.add(z_P)
-        paired.add(g_P, z_P)
-    return estimate(stream, reference, paired, batch_size=batch_size)
+    return GradientStream.empty(layout, metrics, sketch, torch.zeros(layout.total))
+
+
+def block(g_KP: torch.Tensor, z_KP: torch.Tensor, layout: GroupLayout, metrics: Metrics) -> Block:
+    squares = sum(inner_products(g_P, g_P, layout, metrics) for g_P in g_KP)
+    cross = sum(inner_products(g_P, z_P, layout, metrics) for g_P, z_P in zip(g_KP, z_KP, strict=True))
+    return Block(g_KP.sum(0), len(g_KP), squares, cross)
 
 
 @dataclass
@@ -133,14 +147,52 @@ def test_jackknife_is_the_estimator_with_each_replicate_left_out() -> None:
     np.testing.assert_allclose(found.covariance_WEE[0], 6 / 7 * centred.T @ centred, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("independent", [True, False])
+def test_jackknife_of_blocks_of_terms_leaves_out_whole_blocks(independent: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    g, z = (torch.randn(15, 20, generator=generator) for _ in range(2))
+    found = run(g, z, batch_size=1, terms=3, independent=independent)
+    rows = [[i for i in range(15) if i // 3 != m] for m in range(5)]
+    left_out = [run(g[r], z[r], batch_size=1, terms=3, independent=independent).total_WE for r in rows]
+    np.testing.assert_allclose(found.deleted_MWE, left_out, rtol=1e-4, atol=1e-6)
+
+
+def test_terms_that_come_in_blocks_give_what_single_terms_give() -> None:
+    generator = torch.Generator().manual_seed(3)
+    g, z = (torch.randn(12, 20, generator=generator) for _ in range(2))
+    single, blocks = run(g, z, batch_size=1), run(g, z, batch_size=1, terms=4)
+    np.testing.assert_allclose(blocks.total_WE, single.total_WE, rtol=1e-5)
+    assert (blocks.blocks, blocks.samples) == (3, 12)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_terms_that_share_something_random_are_paired_between_blocks_only(independent: bool) -> None:
+    """g = mu + e + h, z = nu + e' + h with h common to the block: within-block pairs add |h|^2 to every product."""
+    generator = torch.Generator().manual_seed(11)
+    size, terms = LAYOUT.total, 4
+    mu, nu = (torch.randn(size, generator=generator) * 0.3 for _ in range(2))
+    values = []
+    for _ in range(800):
+        h = torch.randn(8, 1, size, generator=generator).expand(8, terms, size).reshape(-1, size)
+        e, f = (torch.randn(8 * terms, size, generator=generator) for _ in range(2))
+        values.append(run(mu + e + h, nu + f + h, batch_size=1, terms=terms, independent=independent).total_WE[0])
+    found, se = np.mean(values, 0), np.std(values, 0) / len(values) ** 0.5
+    truth = {"norm_sq": mu @ mu, "inner": mu @ nu, "norm_sq_ref": nu @ nu, "variance": torch.tensor(2.0 * size)}
+    off = {name: (found - float(v))[i] / se[i] for name, v in truth.items() for i in [ESTIMATES.index(name)]}
+    if independent:
+        assert off["norm_sq"] > 10 and off["inner"] > 10 and off["variance"] < -10
+    else:
+        assert max(map(abs, off.values())) < 3.5, off
+    bias = ESTIMATES.index("bias_sq")
+    assert abs(found[bias] - float((mu - nu) @ (mu - nu))) < 3.5 * se[bias]  # h cancels in the difference
+
+
 def test_the_reference_has_no_bias_at_all() -> None:
-    z = torch.randn(5, 20)
-    sketch = Sketch(LAYOUT, seed=0, device=torch.device("cpu"))
-    stream, paired = GradientStream(LAYOUT, EUCLIDEAN, sketch), PairedSums(LAYOUT, EUCLIDEAN)
-    for z_P in z:
-        stream.add(z_P)
-        paired.add(z_P, z_P)
-    found = estimate(stream, stream, paired, batch_size=K)
+    stream = empty_stream(LAYOUT, EUCLIDEAN)
+    for m, z_P in enumerate(torch.randn(5, 20)):
+        one = block(z_P[None], z_P[None], LAYOUT, EUCLIDEAN)
+        stream.add(m, one, one)
+    found = estimate(stream, stream, term_samples=K)
     assert found.total_WE[0, ESTIMATES.index("bias_sq")] == 0
     assert found.total_se_WE[0, ESTIMATES.index("bias_sq")] == 0
     assert found.total_WE[0, ESTIMATES.index("inner")] == found.total_WE[0, ESTIMATES.index("norm_sq_ref")]

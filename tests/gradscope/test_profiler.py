@@ -22,7 +22,7 @@ from gradscope.task import numbered_checkpoints
 from gradscope.tasks import PretrainTask
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
 
-OPTIONS = ProfileOptions(samples=40, seed=3)
+OPTIONS = ProfileOptions(samples=40, allocation="fixed", seed=3)
 
 
 @pytest.fixture
@@ -75,7 +75,9 @@ def test_the_cube_is_complete_and_labelled(folder: Path, tmp_path: Path) -> None
 
 def test_order_of_cells_and_size_of_groups_change_nothing(folder: Path, tmp_path: Path) -> None:
     first, _ = profile(LineTask(), folder, tmp_path / "a.nc", options=OPTIONS)
-    backwards = ProfileOptions(samples=40, seed=3, group_size=1, order=lambda strategies: list(reversed(strategies)))
+    backwards = ProfileOptions(
+        samples=40, allocation="fixed", seed=3, group_size=1, order=lambda strategies: list(reversed(strategies))
+    )
     second, _ = profile(LineTask(), folder, tmp_path / "b.nc", options=backwards)
     assert_identical(first, second)
 
@@ -89,7 +91,7 @@ def assert_identical(first: xr.DataTree, second: xr.DataTree) -> None:
 @pytest.mark.parametrize("at", [1, 7, 16, 29, 45])
 def test_a_killed_profile_continues_to_the_same_cube(folder: Path, tmp_path: Path, at: int) -> None:
     whole, _ = profile(LineTask(), folder, tmp_path / "whole.nc", options=OPTIONS)
-    options = ProfileOptions(samples=40, seed=3, group_size=2)
+    options = ProfileOptions(samples=40, allocation="fixed", seed=3, group_size=2)
     calls = 0
 
     def stop(fraction: float, text: str) -> None:
@@ -122,7 +124,7 @@ def test_nothing_is_measured_twice_but_new_cells_and_more_samples_are(folder: Pa
     assert expected_work(wider, folder, out, OPTIONS)[0] == 8
     _, summary = profile(wider, folder, out, options=OPTIONS)
     assert (summary.reused, summary.measured) == (24, 8)
-    tree, summary = profile(wider, folder, out, options=ProfileOptions(samples=48, seed=3))
+    tree, summary = profile(wider, folder, out, options=ProfileOptions(samples=48, allocation="fixed", seed=3))
     assert summary.measured == 32 and (tree["n_samples"] == 48).all()
 
 
@@ -160,7 +162,7 @@ def test_a_cell_that_fails_on_more_samples_keeps_its_measurement(folder: Path, t
         def describe(self):  # type: ignore[no-untyped-def]
             return LineTask().describe()
 
-    tree, summary = profile(LaterFailing(), folder, out, options=ProfileOptions(samples=48, seed=3))
+    tree, summary = profile(LaterFailing(), folder, out, options=ProfileOptions(samples=48, allocation="fixed", seed=3))
     assert len(summary.failures) == 6
     kept = dict(keep="half", noise=2)
     assert (tree["status"].sel(kept) == DONE).all() and (tree["n_samples"].sel(kept) == 40).all()
@@ -172,13 +174,13 @@ def test_another_profiles_file_is_refused_by_name_of_the_change(folder: Path, tm
     profile(LineTask(), folder, out, options=OPTIONS)
     before = out.read_bytes()
     for options, name in (
-        (ProfileOptions(samples=40, seed=4), "seed"),
-        (ProfileOptions(samples=40, seed=3, batch_size=10), "batch_size"),
+        (ProfileOptions(samples=40, allocation="fixed", seed=4), "seed"),
+        (ProfileOptions(samples=40, allocation="fixed", seed=3, batch_size=10), "batch_size"),
     ):
         with pytest.raises(CubeError, match=rf"another {name}.*--overwrite"):
             profile(LineTask(), folder, out, options=options)
     assert out.read_bytes() == before
-    profile(LineTask(), folder, out, options=ProfileOptions(samples=40, seed=4), overwrite=True)
+    profile(LineTask(), folder, out, options=ProfileOptions(samples=40, allocation="fixed", seed=4), overwrite=True)
     assert open_cube(out).attrs["seed"] == 4
 
 
@@ -194,7 +196,7 @@ def test_failing_cells_are_marked_and_the_rest_is_measured(folder: Path, tmp_pat
 
 def test_wrong_use_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"2 sub-batches of 8.*--samples 24"):
-        profile(LineTask(), folder, tmp_path / "cube.nc", options=ProfileOptions(samples=16))
+        profile(LineTask(), folder, tmp_path / "cube.nc", options=ProfileOptions(samples=16, allocation="fixed"))
     with pytest.raises(CheckpointError, match="no checkpoint found"):
         profile(LineTask(), make_checkpoints(tmp_path / "empty", ()), tmp_path / "cube.nc")
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -211,7 +213,7 @@ def test_wrong_use_is_told(folder: Path, tmp_path: Path) -> None:
 
 def test_bundled_checkpoints_profile_with_adams_moment(small_run: Path, tmp_path: Path) -> None:
     task = PretrainTask.from_folder(small_run)
-    tree, _ = profile(task, small_run, tmp_path / "cube.nc", options=ProfileOptions(samples=48))
+    tree, _ = profile(task, small_run, tmp_path / "cube.nc", options=ProfileOptions(samples=48, allocation="fixed"))
     cube = tree.dataset
     assert (cube["status"] == DONE).all() and cube["status"].shape == (5, 2, 2)
     assert {"backbone.blocks.0", "projector", "predictor"} <= set(tree["param_groups"]["param_group"].values)
@@ -229,7 +231,7 @@ def test_bundled_checkpoints_profile_with_adams_moment(small_run: Path, tmp_path
 def test_the_optimizer_metric_weighs_by_adams_own_second_moment(small_run: Path, tmp_path: Path) -> None:
     """A late cell against gradients by backward, weighed by v taken from an Adam that is rebuilt from its state."""
     task = PretrainTask.from_folder(small_run)
-    tree, _ = profile(task, small_run, tmp_path / "cube.nc", options=ProfileOptions(samples=48))
+    tree, _ = profile(task, small_run, tmp_path / "cube.nc", options=ProfileOptions(samples=48, allocation="fixed"))
     checkpoint, strategy = task.checkpoints(small_run)[3], Strategy(patch=7, dropout=0.5)
     model = task.load(checkpoint.path)
     assert model.training

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.engines.contract import Reference
-from gradscope.engines.flat import FlatParameters
+from gradscope.engines.flat import FlatParameters, seed_streams
 from gradscope.errors import NonFiniteError, TaskError
 from gradscope.estimators import EUCLIDEAN, Block, Metrics, inner_products
 from gradscope.task import Task
@@ -60,7 +60,7 @@ class SubBatchEngine:
         not finite and TaskError when a trainable parameter gets no gradient under the reference (under
         another strategy a part of the model may be skipped; its gradient is then zero).
         """
-        torch.manual_seed(seed)
+        seed_streams(seed)
         try:
             with autocast(self.precision, self.parameters.device):
                 loss = self.task.loss(self.model, batch, strategy, torch.Generator().manual_seed(seed))

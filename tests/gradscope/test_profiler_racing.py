@@ -1,0 +1,143 @@
+"""Racing in the profile: samples where the decision is open, the same numbers whatever happens in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from gradscope import Grid, ProfileOptions, profile
+from gradscope.cube import DONE, FAILED
+from gradscope.errors import Interrupted
+from gradscope.profiler import expected_work
+from gradscope.tasks import PretrainTask
+from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
+from tests.gradscope.test_profiler import assert_identical
+
+RACING = ProfileOptions(
+    samples=192, seed=3, minimum=6, criterion="ca-mse", metric="euclidean", tolerance=0.1, confidence=0.95
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoints(tmp_path / "ckpt_dir")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> xr.DataTree:
+    """The race that nothing disturbs."""
+    path = tmp_path_factory.mktemp("whole")
+    return profile(LineTask(), make_checkpoints(path / "ckpt_dir"), path / "cube.nc", options=RACING)[0]
+
+
+def test_a_race_gives_each_cell_the_numbers_that_fixed_samples_give(
+    folder: Path, tmp_path: Path, whole: xr.DataTree
+) -> None:
+    raced = whole
+    counts = raced["n_samples"].values
+    assert counts.min() >= 48 and counts.max() <= 192 and len(np.unique(counts)) > 2
+    for samples in np.unique(counts):
+        same = dataclasses.replace(RACING, samples=int(samples), allocation="fixed")
+        fixed, _ = profile(LineTask(), folder, tmp_path / f"fixed-{samples}.nc", options=same)
+        here = (raced["n_samples"] == samples) & (raced["status"] == DONE)
+        for name in ("bias_sq", "variance", "norm_sq", "inner", "norm_sq_ref", "moment_cov", "ca_mse_se"):
+            np.testing.assert_array_equal(raced[name].where(here), fixed[name].where(here))
+
+
+def test_a_race_spends_where_the_decision_is_open(folder: Path, tmp_path: Path) -> None:
+    """The best cell of each checkpoint has the most samples of all, and fixed samples would have cost more."""
+    raced, summary = profile(LineTask(), folder, tmp_path / "raced.nc", options=RACING)
+    score = raced["ca_mse"].sel(metric="euclidean").values.reshape(3, -1)
+    counts = raced["n_samples"].values.reshape(3, -1)
+    for t in range(3):
+        assert counts[t, score[t].argmin()] == counts[t].max()
+    _, fixed = profile(
+        LineTask(), folder, tmp_path / "fixed.nc", options=dataclasses.replace(RACING, allocation="fixed")
+    )
+    assert summary.units < 0.9 * fixed.units
+    cells, least, most = expected_work(LineTask(), folder, tmp_path / "new.nc", RACING)
+    assert cells == 18 and least < summary.units < most
+
+
+def test_races_in_another_order_end_alike(folder: Path, tmp_path: Path, whole: xr.DataTree) -> None:
+    backwards = dataclasses.replace(RACING, order=lambda strategies: list(reversed(strategies)))
+    second, _ = profile(LineTask(), folder, tmp_path / "b.nc", options=backwards)
+    assert_identical(whole, second)
+
+
+@pytest.mark.parametrize("at", [3, 14, 40])
+def test_a_killed_race_continues_to_the_same_cube(
+    folder: Path, tmp_path: Path, at: int, whole: xr.DataTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradscope.profiler.SAVE_SECONDS", 0.0)
+    calls = 0
+
+    def stop(fraction: float, text: str) -> None:
+        nonlocal calls
+        calls += 1
+        assert 0 <= fraction <= 1
+        if calls == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        profile(LineTask(), folder, tmp_path / "cube.nc", options=RACING, report=stop)
+    resumed, _ = profile(LineTask(), folder, tmp_path / "cube.nc", options=RACING)
+    assert_identical(whole, resumed)
+    assert resumed.attrs["races_json"] == whole.attrs["races_json"]
+    assert profile(LineTask(), folder, tmp_path / "cube.nc", options=RACING)[1].units == 0
+
+
+def test_more_samples_continue_an_open_race_only(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cube.nc"
+    short = dataclasses.replace(RACING, samples=64, tolerance=0.0, confidence=0.9)
+    first, _ = profile(LineTask(), folder, out, options=short)
+    longer = dataclasses.replace(short, samples=256)
+    second, _ = profile(LineTask(), folder, out, options=longer)
+    grown = (second["n_samples"] > first["n_samples"]).values
+    assert grown.any() and not grown.all()
+    assert (first["n_samples"].values[grown] == 64).all()
+    assert (second["bias_sq"].values[~grown] == first["bias_sq"].values[~grown]).all()
+
+
+def test_new_strategies_race_against_the_best_one(folder: Path, tmp_path: Path) -> None:
+    out, wider = tmp_path / "cube.nc", LineTask()
+    first, _ = profile(LineTask(), folder, out, options=RACING)
+    wider.grid = Grid({**LineTask.grid.axes, "noise": (0, 0.5, 1, 2)}, LineTask.grid.reference)
+    second, summary = profile(wider, folder, out, options=RACING)
+    assert (second["status"] == DONE).all() and summary.measured >= 9  # two new ones and the best of each row
+    kept = second.dataset.sel(noise=[0, 0.5, 2])
+    assert (kept["n_samples"].values >= first["n_samples"].values).all()
+
+
+def test_a_strategy_that_fails_leaves_the_race_to_the_others(folder: Path, tmp_path: Path) -> None:
+    tree, summary = profile(FailingTask(), folder, tmp_path / "cube.nc", options=RACING)
+    assert (tree["status"] == FAILED).sum() == 6 and (tree["status"] == DONE).sum() == 12
+    assert len(summary.failures) == 6
+    again, second = profile(FailingTask(), folder, tmp_path / "cube.nc", options=RACING)
+    assert len(second.failures) == 6
+    np.testing.assert_array_equal(again["bias_sq"], tree["bias_sq"])
+
+
+def test_shared_work_is_counted_once(small_run: Path, tmp_path: Path) -> None:
+    """MoCo-v3's key pass is spent once per patch size, and really made only that often."""
+    task = PretrainTask.from_folder(small_run)
+    calls = []
+    keys = type(task.load(task.checkpoints(small_run)[0].path)).keys
+
+    def counted(self, view, patch):  # type: ignore[no-untyped-def]
+        calls.append(patch)
+        return keys(self, view, patch)
+
+    options = ProfileOptions(samples=48, allocation="fixed", metrics=("euclidean",))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("gradscope.methods.mocov3.MoCoV3.keys", counted)
+        _, summary = profile(task, small_run, tmp_path / "cube.nc", options=options)
+    assert len(calls) == 2 + 5 * 3 * 2  # two to see that the loss repeats itself, then both patches of 15 sub-batches
+    costs = {s: task.cost(s) for s in task.grid.strategies()}
+    twice = sum(next(iter(task.shared_costs(s).values())) for s in costs if s["dropout"] == 0.5)
+    assert summary.units == pytest.approx(5 * 48 * (sum(costs.values()) - twice))

@@ -30,7 +30,7 @@ Shapes: P parameter, G parameter group, W metric, M sub-batch, S sketch entry, E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ Array = NDArray[np.float64]
 
 ESTIMATES = ("bias_sq", "bias_sq_plugin", "variance", "norm_sq", "inner", "norm_sq_ref")
 SKETCH_SIZE = 1021  # prime, so that no layer's width makes whole columns share a bucket
+PIECE = 128 * SKETCH_SIZE  # half a megabyte of float32; whole rows of the sketch
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,18 @@ class GroupLayout:
     def split(self, flat_P: Tensor) -> tuple[Tensor, ...]:
         """The groups' parts of a flat vector (views)."""
         return torch.split(flat_P, list(self.sizes))
+
+    def pieces(self, device: torch.device) -> Iterator[tuple[int, slice]]:
+        """(group number, its slice of the flat vector), on a CPU in pieces of at most PIECE numbers.
+
+        What is computed of a piece stays in the cache; of a whole vector it would be mapped, written and unmapped.
+        """
+        start = 0
+        for group, size in enumerate(self.sizes):
+            step = PIECE if device.type == "cpu" else max(size, 1)
+            for first in range(start, start + size, step):
+                yield group, slice(first, min(first + step, start + size))
+            start += size
 
 
 @dataclass(frozen=True)
@@ -83,13 +96,18 @@ class Sketch:
         signs = torch.randint(0, 2, (layout.total,), generator=generator, dtype=torch.int8) * 2 - 1
         self.layout, self.signs_P = layout, signs.to(device)
 
-    def __call__(self, flat_P: Tensor) -> Tensor:
-        """(P) -> (G, S) float32 on the CPU."""
-        rows = []
-        for part in self.layout.split(flat_P * self.signs_P):
-            padding = -len(part) % SKETCH_SIZE
-            rows.append(torch.nn.functional.pad(part, (0, padding)).view(-1, SKETCH_SIZE).sum(0))
-        return torch.stack(rows).cpu()
+    def __call__(self, flat_P: Tensor, metrics: Metrics = EUCLIDEAN) -> Tensor:
+        """(P) -> (W, G, S) on the CPU: the sketch of sqrt(w) * `flat_P` in every metric."""
+        weights = list(metrics.weights.values())
+        sketch_WGS = flat_P.new_zeros(len(weights), len(self.layout.names), SKETCH_SIZE)
+        for group, piece in self.layout.pieces(flat_P.device):
+            signed = flat_P[piece] * self.signs_P[piece]
+            for w, w_P in enumerate(weights):
+                values, into_S = signed if w_P is None else signed * w_P[piece].sqrt(), sketch_WGS[w, group]
+                whole = len(values) // SKETCH_SIZE * SKETCH_SIZE
+                into_S += values[:whole].view(-1, SKETCH_SIZE).sum(0)
+                into_S[: len(values) - whole] += values[whole:]
+        return sketch_WGS.cpu()
 
 
 @dataclass(frozen=True)
@@ -137,14 +155,8 @@ class GradientStream:
         """Take in sub-batch `number`; `reference` is the reference's block on it (its own for the reference)."""
         own, both = block.squares_WG, block.cross_WG
         if block.terms > 1:
-            own = inner_products(block.sum_P, block.sum_P, self.layout, self.metrics)
-            both = inner_products(block.sum_P, reference.sum_P, self.layout, self.metrics)
-        sketch = np.stack(
-            [
-                self.sketch(block.sum_P if w is None else block.sum_P * w.sqrt()).numpy()
-                for w in self.metrics.weights.values()
-            ]
-        )
+            own, both = products_with(block.sum_P, [block.sum_P, reference.sum_P], self.layout, self.metrics)
+        sketch = self.sketch(block.sum_P, self.metrics).numpy()
         self.records[number] = BlockRecord(block.terms, block.squares_WG, block.cross_WG, own, both, sketch)
         self.sum_P += block.sum_P.to(self.sum_P.device)
 
@@ -189,11 +201,8 @@ def estimate(
             "need the same ones, at least two"
         )
     layout, metrics = stream.layout, stream.metrics
-    sums = _Products(
-        gg=inner_products(stream.sum_P, stream.sum_P, layout, metrics),
-        gz=inner_products(stream.sum_P, reference.sum_P, layout, metrics),
-        zz=inner_products(reference.sum_P, reference.sum_P, layout, metrics),
-    )
+    gg_WG, gz_WG = products_with(stream.sum_P, [stream.sum_P, reference.sum_P], layout, metrics)
+    sums = _Products(gg_WG, gz_WG, inner_products(reference.sum_P, reference.sum_P, layout, metrics))
     ours, theirs = [stream.records[m] for m in numbers], [reference.records[m] for m in numbers]
     terms_M = np.array([record.terms for record in ours])
     each = _Products(
@@ -252,13 +261,22 @@ class _Products(NamedTuple):
 
 def inner_products(a_P: Tensor, b_P: Tensor, layout: GroupLayout, metrics: Metrics) -> Array:
     """<a, b>_W of every metric and parameter group: (W, G) float64."""
-    product_P = a_P * b_P
-    return np.array(
-        [
-            [part.sum(dtype=torch.float64).item() for part in layout.split(product_P if w is None else product_P * w)]
-            for w in metrics.weights.values()
-        ]
-    )
+    return np.asarray(products_with(a_P, [b_P], layout, metrics)[0])
+
+
+def products_with(a_P: Tensor, others: Sequence[Tensor], layout: GroupLayout, metrics: Metrics) -> Array:
+    """<a, b>_W of each b in `others`, of every metric and parameter group, in one pass: (len(others), W, G) float64."""
+    weights = list(metrics.weights.values())
+    groups: list[int] = []
+    found: list[Tensor] = []
+    for group, piece in layout.pieces(a_P.device):
+        groups.append(group)
+        for b_P in others:
+            product = a_P[piece] * b_P[piece]
+            found += [(product if w_P is None else product * w_P[piece]).double().sum() for w_P in weights]
+    sums_GBW = np.zeros((len(layout.names), len(others), len(weights)))
+    np.add.at(sums_GBW, groups, torch.stack(found).cpu().numpy().reshape(-1, len(others), len(weights)))
+    return sums_GBW.transpose(1, 2, 0)
 
 
 def _estimates(

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from gradscope.engines.contract import Reference
 from gradscope.engines.flat import FlatParameters, seed_streams
 from gradscope.errors import NonFiniteError, TaskError
-from gradscope.estimators import EUCLIDEAN, Block, Metrics, inner_products
+from gradscope.estimators import EUCLIDEAN, Block, Metrics, inner_products, products_with
 from gradscope.task import Task
 from gradscope.untouched import buffer_guard
 from schedulers import Strategy
-
-PRECISIONS = ("float32", "bf16")
 
 
 class SubBatchEngine:
@@ -48,9 +46,9 @@ class SubBatchEngine:
 
     def block(self, batch: Any, strategy: Strategy, *, seed: int, reference: Reference) -> Block:
         g_P = self.gradient(batch, strategy, seed=seed)
-        layout, z_P = self.parameters.layout, reference.block.sum_P
-        squares_WG = inner_products(g_P, g_P, layout, self.metrics)
-        return Block(g_P, 1, squares_WG, inner_products(g_P, z_P, layout, self.metrics))
+        vectors = [g_P, reference.block.sum_P]
+        squares_WG, cross_WG = products_with(g_P, vectors, self.parameters.layout, self.metrics)
+        return Block(g_P, 1, squares_WG, cross_WG)
 
     def gradient(self, batch: Any, strategy: Strategy, *, seed: int) -> Tensor:
         """Flat gradient (P) of the mean loss, float32 (float64 for a model in float64).
@@ -81,7 +79,7 @@ class SubBatchEngine:
                 gradient = torch.zeros_like(parameter)
             named[name] = gradient
         flat_P = self.parameters.flatten(named)
-        if not torch.isfinite(flat_P).all():
+        if not torch.isfinite(flat_P.sum(dtype=torch.float64)):  # isfinite of each would make four more vectors
             raise NonFiniteError(f"the gradient is not finite under {strategy}")
         return flat_P
 

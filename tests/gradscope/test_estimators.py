@@ -24,7 +24,7 @@ from gradscope.estimators import (
     second_moment_from,
 )
 
-K, M, REPEATS = 4, 24, 2000
+K, M, REPEATS = 4, 24, 1000
 LAYOUT = GroupLayout(("a", "b"), (12, 8))
 
 

@@ -22,13 +22,15 @@ $(BIN)/python:
 		echo "could not create $(VENV) with '$(PYTHON) -m venv': install its venv module (Debian: python3-venv) or pass another PYTHON"; \
 		exit 1; }
 
-# A stamp is newer than its inputs exactly when what they ask for is installed.
+# A stamp is newer than its inputs exactly when what they ask for is installed. BackPACK, an oracle of the tests,
+# comes without its dependencies: it asks for torchvision, which nothing that the tests use imports.
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps backpack-for-pytorch
 	@touch $@ $(VENV)/.installed
 
 venv: $(VENV)/.installed-dev

@@ -20,7 +20,7 @@ the terms of one sub-batch share something random (negatives), over pairs from d
 With one term per sub-batch the two are the same. Inner products may be taken in a diagonal metric,
 <a, b>_W = sum w a b, and are kept per parameter group.
 
-Point estimates are exact: a stream keeps the sum of its vectors (float32) and sums of squares (float64),
+Point estimates are exact: a stream keeps the sum of its vectors and sums of squares (float64),
 never M vectors. Standard errors are a delete-one jackknife over sub-batches, which needs inner products
 between blocks; those are taken in a random sketch of each block's sum (a CountSketch, Charikar, Chen,
 Farach-Colton 2002: random signs, buckets by position modulo a prime, one sketch per parameter group).
@@ -138,7 +138,11 @@ class BlockRecord:
 
 @dataclass
 class GradientStream:
-    """One strategy's blocks so far: the sum of all their terms (P), and a record per sub-batch number."""
+    """One strategy's blocks so far: the sum of all their terms (P), and a record per sub-batch number.
+
+    The sum is best kept in float64: unbiased estimates near zero are differences of large numbers, which the
+    order of a float32 summation (over ranks, say) would show in.
+    """
 
     layout: GroupLayout
     metrics: Metrics

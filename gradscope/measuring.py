@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.checks import reason
-from gradscope.engines import Engine, FlatParameters, SubBatchEngine, derive_seed
+from gradscope.engines import Engine, FlatParameters, SubBatchEngine, choose_engine, derive_seed
 from gradscope.errors import NonFiniteError, TaskError
 from gradscope.estimators import (
     EUCLIDEAN,
@@ -63,7 +63,10 @@ class Look:
 
 @dataclass
 class CheckpointMeasurement:
-    """Measures strategies at one checkpoint; `units` counts what was spent on all ranks."""
+    """Measures strategies at one checkpoint.
+
+    `units` counts what this rank has spent, `units_elsewhere` what the others had at the last look.
+    """
 
     task: Task
     checkpoint: Checkpoint
@@ -72,6 +75,7 @@ class CheckpointMeasurement:
     ranks: Ranks = ALONE
     accumulators: str = "auto"
     units: float = 0.0
+    units_elsewhere: float = 0.0
     engine: Engine | None = None
     engine_reason: str = ""
     groups: tuple[str, ...] = ()
@@ -95,6 +99,7 @@ class CheckpointMeasurement:
             engine = self._open_engine(parameters)
         except (NonFiniteError, torch.OutOfMemoryError) as error:
             broken, engine = reason(error), None
+        self._check_same_engine(engine)
         if engine is not None:
             streams = self._streams(engine, parameters, active)
         batches = task.sub_batches(size, self.conditions.seed, ranks.rank, ranks.size)
@@ -112,9 +117,10 @@ class CheckpointMeasurement:
                     )
                 broken = self._sub_batch(m, batch, engine, streams, active)
             done = look
-            gathered = ranks.gather((broken, dict(self._failures)))
-            broken = next((text for text, _ in gathered if text), "")
-            failures = {s: text for _, failed in reversed(gathered) for s, text in failed.items() if s in active}
+            gathered = ranks.gather((broken, dict(self._failures), self.units))
+            broken = next((text for text, _, _ in gathered if text), "")
+            failures = {s: text for _, failed, _ in reversed(gathered) for s, text in failed.items() if s in active}
+            self.units_elsewhere = sum(units for _, _, units in gathered) - self.units
             if broken or engine is None:
                 failures = {s: f"reference: {broken}" for s in active}
             active = [s for s in active if s not in failures]
@@ -165,7 +171,7 @@ class CheckpointMeasurement:
                 parameters.layout,
                 metrics,
                 sketch,
-                torch.zeros(parameters.layout.total, dtype=parameters.dtype, device=device),
+                torch.zeros(parameters.layout.total, dtype=torch.float64, device=device),
             )
             for s in strategies
         }
@@ -188,7 +194,7 @@ class CheckpointMeasurement:
     def _joined(self, stream: GradientStream) -> GradientStream:
         if self.ranks.size == 1:
             return stream
-        records = {m: record for part in self.ranks.gather(stream.records) for m, record in part.items()}
+        records = {m: record for part in self.ranks.collect(stream.records) for m, record in part.items()}
         total_P = self.ranks.total(stream.sum_P)
         return GradientStream(stream.layout, stream.metrics, stream.sketch, total_P, records)
 
@@ -197,21 +203,21 @@ class CheckpointMeasurement:
         task, model, given = self.task, self.model, self.conditions
         plain = SubBatchEngine(task, model, parameters, EUCLIDEAN, given.precision)
         metrics = self._metrics(plain, parameters)
-        if given.estimator == "subbatch" or type(task).sample_losses is Task.sample_losses:
-            self.engine = SubBatchEngine(task, model, parameters, metrics, given.precision)
-            asked = "asked for" if given.estimator == "subbatch" else "the task gives no per-sample losses"
-            self.engine_reason = asked
-            if given.estimator in ("auto", "subbatch"):
-                return self.engine
-        from gradscope.engines import choose_engine
-
         seed = derive_seed("engine", given.seed)
-        batch = next(iter(task.batches(given.batch_size, seed % 2**31)), None)
+        choice = given.estimator != "subbatch"
+        batch = next(iter(task.batches(given.batch_size, seed % 2**31)), None) if choice else None
         self.engine, self.engine_reason = choose_engine(
             task, model, parameters, metrics,
             estimator=given.estimator, precision=given.precision, batch=batch, seed=seed,
         )  # fmt: skip
         return self.engine
+
+    def _check_same_engine(self, engine: Engine | None) -> None:
+        """Raise TaskError on all ranks unless those that have an engine have the same one."""
+        names = {name for name in self.ranks.gather(engine.name if engine else "") if name}
+        if len(names) > 1:
+            chosen = " and ".join(sorted(names))
+            raise TaskError(f"the ranks chose different engines, {chosen}; choose one with --estimator")
 
     def _metrics(self, engine: SubBatchEngine, parameters: FlatParameters) -> Metrics:
         """Each metric's weights; Adam's second moment is the checkpoint's, else estimated from a few sub-batches."""
@@ -252,7 +258,7 @@ def unshared_cost(task: Task, strategy: Strategy, shared: set[str]) -> float:
     """Units per sample of a strategy less what earlier strategies of the sub-batch have paid; adds to `shared`."""
     parts = task.shared_costs(strategy)
     known = shared & parts.keys()
-    shared |= parts.keys()
+    shared.update(parts)
     return task.cost(strategy) - sum(parts[key] for key in known)
 
 
@@ -261,6 +267,6 @@ def accumulator_device(parameters: FlatParameters, strategies: int, choice: str 
     device = parameters.device
     if choice == "cpu" or device.type != "cuda":
         return torch.device("cpu") if choice == "cpu" else device
-    wanted = strategies * parameters.layout.total * torch.finfo(parameters.dtype).bits // 8
+    wanted = strategies * parameters.layout.total * torch.float64.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     return device if choice == "device" or wanted <= DEVICE_SHARE * free else torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import xarray as xr
 
 from gradscope.cube import COST_MODELS, DONE, PENDING, grid_of, groups_of, new_cube, new_groups
 from gradscope.errors import CubeError
+from gradscope.races import RaceBook
 from schedulers import Grid, Strategy
 
 
@@ -108,7 +110,10 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
         metrics=[str(name) for name in first["metric"].values],
         costs=costs,
         tokens=tokens,
-        attributes={k: v for k, v in first.attrs.items() if k not in ("schema_version", "reference")},
+        attributes={
+            **{k: v for k, v in first.attrs.items() if k not in ("schema_version", "reference")},
+            **_joined_attributes(cubes),
+        },
     )
     children = [child for tree in trees if (child := groups_of(tree)) is not None]
     names = [[str(name) for name in child["param_group"].values] for child in children]
@@ -118,6 +123,16 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
     for tree in trees:
         copy_cells(tree, merged, groups)
     return merged, groups
+
+
+def _joined_attributes(cubes: Sequence[xr.Dataset]) -> dict[str, str | float]:
+    """What the parts' profiles spent, failed at and remember of their races, together."""
+    book, failures = RaceBook(), dict[str, str]()
+    for cube in cubes:
+        book.join(RaceBook.read(cube.attrs.get("races_json", "{}")))
+        failures |= json.loads(cube.attrs.get("failures_json", "{}"))
+    units = sum(float(cube.attrs.get("units", 0.0)) for cube in cubes)
+    return {"races_json": book.text(), "failures_json": json.dumps(failures), "units": units}
 
 
 def _copy(source: xr.Dataset, target: xr.Dataset, at: tuple[int, ...], to: tuple[int, ...], depth: int) -> None:

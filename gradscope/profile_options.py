@@ -27,7 +27,9 @@ class ProfileOptions:
     the engine, "auto" takes a per-sample one where the task allows it. `precision`: of the forward and backward
     passes; statistics are float32 and float64 always. `accumulators`: where the strategies' sums are kept, one
     vector of the model's size each. With a fixed allocation `group_size` strategies are measured side by side;
-    `order` is the order in which a checkpoint's strategies are taken.
+    `order` is the order in which a checkpoint's strategies are taken. `checkpoints`: measure these alone,
+    counted from 0 by progress, for jobs whose cubes are merged; what racing wants at the boundaries between
+    checkpoints is then left to a profile of them all.
     """
 
     samples: int | None = None
@@ -45,6 +47,7 @@ class ProfileOptions:
     accumulators: str = "auto"
     group_size: int = 16
     order: Callable[[Sequence[Strategy]], Sequence[Strategy]] | None = None
+    checkpoints: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -80,6 +83,16 @@ class ProfileOptions:
                 f"standard errors need at least 3: use --samples {3 * batch_size} or more"
             )
         return count
+
+    def chosen(self, count: int) -> list[int]:
+        """Which of `count` checkpoints to measure. Raises UsageError for one that is not there."""
+        if self.checkpoints is None:
+            return list(range(count))
+        wrong = [t for t in self.checkpoints if not 0 <= t < count]
+        if wrong or not self.checkpoints:
+            what = f"there is no checkpoint {wrong[0]}" if wrong else "none is chosen"
+            raise UsageError(f"checkpoints={list(self.checkpoints)}: {what}; the {count} there are count from 0")
+        return sorted(set(self.checkpoints))
 
     def rule(self, batch_size: int) -> RaceRule:
         """The race's rule; a cap below the minimum lowers the minimum."""

@@ -31,6 +31,7 @@ from gradscope.cube import (
     save_cube,
     variable_name,
 )
+from gradscope.engines import SubBatchEngine
 from gradscope.errors import CubeError, TaskError
 from gradscope.estimators import Estimates
 from gradscope.files import check_writable, file_digest
@@ -45,6 +46,7 @@ from gradscope.task import Checkpoint, Task, task_digest
 from schedulers import Strategy, boundary_cells, get_criterion
 
 SAVE_SECONDS = 5.0
+TERMS = ("gradient of one sample's loss term, given constants", "gradient of the mean loss of a sub-batch of K samples")
 Report = Callable[[float, str], None]  # (fraction of the work done, one line of news)
 
 
@@ -127,11 +129,12 @@ class _Profile:
             self.batch_size, options.seed, options.metrics, options.estimator, options.precision
         )
         check_progress(checkpoints)
+        self.chosen = options.chosen(len(checkpoints))
         self.summary = ProfileSummary()
         self.digests = [file_digest(checkpoint.path) for checkpoint in checkpoints]
         self.cube = empty_cube(task, folder, checkpoints, self.digests, self.conditions)
         self.book = RaceBook()
-        self.units_before, self.saved = 0.0, time.monotonic()
+        self.units_before, self.saved, self.unsaved = 0.0, time.monotonic(), False
         self.groups: xr.Dataset | None = None
         self.checked = False
         if ranks.first:
@@ -144,27 +147,28 @@ class _Profile:
         """Measure what is wanted and not there; written at most every SAVE_SECONDS and however the loop ends."""
         self.summary.reused = int((self.cube["status"] == DONE).sum())
         idle = True
-        try:
-            with StopFlag() as stop:
+        with StopFlag() as stop:  # also while saving: a launcher's second signal must not cut that off
+            try:
                 for job in self._jobs():
                     idle = False
                     self._measure(job, stop)
-                stop.raise_if_set("stopped after the last cell; this profile is complete")
-        finally:
-            if self.summary.measured or self.summary.failures or idle:
-                self._save()
+            finally:
+                if self.summary.measured or self.summary.failures or idle:
+                    self._save()
+            stop.raise_if_set("stopped after the last cell; this profile is complete")
         return xr.DataTree.from_dict(
             {"/": self.cube, **({} if self.groups is None else {"/param_groups": self.groups})}
         ), self.summary
 
     def _jobs(self) -> Iterator[_Job]:
         """What to measure, checkpoint by checkpoint, then at the boundaries; the first rank plans for all."""
-        for t in range(len(self.checkpoints)):
+        for t in self.chosen:
             tried: set[Strategy] = set()
             while job := self.ranks.gather(self._next_job(t, tried))[0]:
                 tried |= set(job.strategies)
                 yield job
-        while self.options.racing and (job := self.ranks.gather(self._boundary_job())[0]):
+        all_there = len(self.chosen) == len(self.checkpoints)
+        while self.options.racing and all_there and (job := self.ranks.gather(self._boundary_job())[0]):
             yield job
 
     def _next_job(self, t: int, tried: set[Strategy]) -> _Job | None:
@@ -238,22 +242,22 @@ class _Profile:
             if self.ranks.any(stop.signal is not None):
                 stop.signal = stop.signal or signal.SIGTERM
                 stop.raise_if_set("stopped; finished cells are saved, run the same command to continue")
-            share = (job.t + m / job.looks[-1]) / len(self.checkpoints)
+            share = (self.chosen.index(job.t) + m / job.looks[-1]) / len(self.chosen)
             text = f"progress {checkpoint.progress:.2f}  sub-batch {m}/{job.looks[-1]}  {len(active)} strategies"
             self.report(share, text)
+            self._save_when_due()
 
         try:
             for look in measurement.run(job.strategies, job.looks, step):
+                self._note_engine(measurement)
                 if self.ranks.first:
                     self._take(job, look, measurement)
                 active = look.active
         finally:
-            self.summary.units += measurement.units
-        self.summary.units += sum(self.ranks.gather(measurement.units)) - measurement.units
+            self.summary.units += measurement.units + measurement.units_elsewhere
 
     def _take(self, job: _Job, look: Look, measurement: CheckpointMeasurement) -> None:
         """Put what is finished into the cube; whoever goes on stays in `look.active`."""
-        self._note_engine(measurement)
         self._check_groups(measurement.groups, job.t)
         last, finished = look.blocks == job.looks[-1], list(look.active)
         if job.race:
@@ -266,8 +270,8 @@ class _Profile:
         for strategy, why in look.failures.items():
             self._fail(job.t, strategy, why)
         look.active = [s for s in look.active if s not in finished]
-        if time.monotonic() - self.saved > SAVE_SECONDS:
-            self._save()
+        self.unsaved = True
+        self._save_when_due()
 
     def _put(self, t: int, strategy: Strategy, found: Estimates) -> None:
         assert self.groups is not None
@@ -285,7 +289,7 @@ class _Profile:
     def expected_work(self) -> tuple[int, float, float]:
         """Cells wanted, and the least and most units they cost, the reference's gradients included."""
         cells, least, most = 0, 0.0, 0.0
-        for t in range(len(self.checkpoints)):
+        for t in self.chosen:
             tried: set[Strategy] = set()
             while job := self._next_job(t, tried):
                 tried |= set(job.strategies)
@@ -335,6 +339,7 @@ class _Profile:
             return
         self.summary.engine, self.summary.engine_reason = measurement.engine.name, measurement.engine_reason
         self.cube.attrs["engine"] = measurement.engine.name
+        self.cube.attrs["term"] = TERMS[measurement.engine.name == SubBatchEngine.name]
         self.conditions = replace(self.conditions, estimator=measurement.engine.name)
 
     def _check_groups(self, names: Sequence[str], t: int) -> None:
@@ -378,10 +383,14 @@ class _Profile:
         self.units_before = float(old.attrs.get("units", 0.0))
         self.cube.attrs["created_at"] = old.attrs.get("created_at", self.cube.attrs["created_at"])
 
+    def _save_when_due(self) -> None:
+        if self.unsaved and time.monotonic() - self.saved > SAVE_SECONDS:
+            self._save()
+
     def _save(self) -> None:
         if not self.ranks.first:
             return
         self.cube.attrs["units"] = self.units_before + self.summary.units
         self.cube.attrs["races_json"] = self.book.text()
         save_cube(self.cube, self.groups, self.out)
-        self.saved = time.monotonic()
+        self.saved, self.unsaved = time.monotonic(), False

@@ -77,6 +77,25 @@ class RaceBook:
     def text(self) -> str:
         return json.dumps(self.entries)
 
+    def join(self, other: RaceBook) -> None:
+        """Take in what another part of the profile remembers.
+
+        Of races of the same checkpoint the one that got further counts, unless each had strategies that the
+        other had not: then those that are left in either go on against each other.
+        """
+        for digest, theirs in other.entries.items():
+            ours = self.entries.get(digest)
+            if ours is None or self.cells(digest) < other.cells(digest):
+                self.entries[digest] = theirs
+            elif self.cells(digest) == other.cells(digest):
+                self.entries[digest] = max(ours, theirs, key=lambda entry: int(str(entry["checked"])))
+            elif not other.cells(digest) <= self.cells(digest):
+                self.entries[digest] = {
+                    "cells": sorted(self.cells(digest) | other.cells(digest)),
+                    "checked": min(self.checked(digest), other.checked(digest)),
+                    "open": sorted({*_texts(ours, "open"), *_texts(theirs, "open")}),
+                }
+
     def note(self, digest: str, raced: Sequence[Strategy], blocks: int, still_open: Sequence[Strategy]) -> None:
         """After a look at `blocks` sub-batches `still_open` are in the race; one or none means that it is decided."""
         cells = {*map(str, raced), *self.cells(digest)}
@@ -84,15 +103,19 @@ class RaceBook:
 
     def cells(self, digest: str) -> set[str]:
         """Texts of the strategies that ever raced at this checkpoint."""
-        found = self.entries.get(digest, {}).get("cells", [])
-        return set(found) if isinstance(found, list) else set()
+        return set(_texts(self.entries.get(digest, {}), "cells"))
 
     def still_open(self, digest: str) -> set[str]:
         """Texts of the strategies between which the last look could not decide."""
-        found = self.entries.get(digest, {}).get("open", [])
-        return set(found) if isinstance(found, list) and len(found) > 1 else set()
+        found = _texts(self.entries.get(digest, {}), "open")
+        return set(found) if len(found) > 1 else set()
 
     def checked(self, digest: str) -> int:
         """Sub-batches at the last look, 0 before the first."""
         found = self.entries.get(digest, {}).get("checked", 0)
         return found if isinstance(found, int) else 0
+
+
+def _texts(entry: Mapping[str, object], name: str) -> list[str]:
+    found = entry.get(name, [])
+    return [str(text) for text in found] if isinstance(found, list) else []

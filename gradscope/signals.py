@@ -13,7 +13,8 @@ from gradscope.errors import Interrupted
 class StopFlag:
     """Context manager; `signal` is the number of the first signal received, else None.
 
-    A second SIGINT interrupts at once. Outside the main thread, where Python allows no handlers, it does nothing.
+    A SIGINT after another signal interrupts at once. Outside the main thread, where Python allows no handlers,
+    it does nothing.
     """
 
     def __init__(self) -> None:
@@ -33,9 +34,10 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal = number
+        elif number == signal.SIGINT:  # a launcher may send SIGTERM more than once while the last cells are saved
             raise KeyboardInterrupt
-        self.signal = number
 
     def raise_if_set(self, message: str) -> None:
         """Raise Interrupted with exit code 128 + signal when a signal has come."""

@@ -26,6 +26,8 @@ class PretrainTask(Task):
     called as training calls it, without the update that stands beside it.
     """
 
+    independent_terms = False  # the queries of a batch share their negatives
+
     def __init__(
         self,
         setting: Setting,
@@ -85,11 +87,17 @@ class PretrainTask(Task):
     def loss(
         self, model: nn.Module, batch: tuple[Tensor, ...], strategy: Strategy, generator: torch.Generator
     ) -> Tensor:
+        return self.sample_losses(model, batch, strategy, generator).mean()
+
+    def sample_losses(
+        self, model: nn.Module, batch: tuple[Tensor, ...], strategy: Strategy, generator: torch.Generator
+    ) -> Tensor:
+        """One term per query. MoCo-v3's heads hold BatchNorm, which couples them: no per-sample engine takes them."""
         assert isinstance(model, MoCoV3)
         patch = int(strategy.number("patch"))
         state = next(model.momentum_backbone.parameters())._version  # keys of a moved encoder are others
         key_BF = self._keys.of(batch[1], (patch, state), lambda: model.keys(batch[1], patch))
-        return model.loss((batch[0], batch[1]), strategy, generator, key_BF=key_BF)
+        return model.losses((batch[0], batch[1]), strategy, generator, key_BF=key_BF)
 
     def shared_costs(self, strategy: Strategy) -> Mapping[str, float]:
         """The key's pass, which all strategies of one patch size share (the key drops no tokens)."""

@@ -75,6 +75,13 @@ def profile(
     grid: Annotated[
         str | None, typer.Option(help="Strategies, as patch=2,4,7;dropout=0,0.5; default: the run's grid.")
     ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these, counted from 0 by progress, as 0,2; `merge` joins the cubes of such jobs.",
+            metavar="N,N",
+        ),
+    ] = None,
     group_size: Annotated[
         int, typer.Option(help="Strategies measured side by side with --samples-per-cell fixed.")
     ] = 16,
@@ -99,15 +106,17 @@ def profile(
     from gradscope.ranks import open_ranks
     from schedulers import format_count
 
-    options = ProfileOptions(
-        samples=samples, batch_size=batch_size, seed=seed, allocation=samples_per_cell, criterion=criterion,
-        metric=metric, tolerance=tolerance, estimator=estimator, precision=precision, accumulators=accumulators,
-        group_size=group_size,
-    )  # fmt: skip
-    with open_ranks(open_device(device)) as (ranks, here):
+    with open_ranks(lambda: open_device(device)) as (ranks, here):
+        options = ProfileOptions(
+            samples=samples, batch_size=batch_size, seed=seed, allocation=samples_per_cell, criterion=criterion,
+            metric=metric, tolerance=tolerance, estimator=estimator, precision=precision, accumulators=accumulators,
+            group_size=group_size, checkpoints=None if checkpoints is None else parse_numbers(checkpoints),
+        )  # fmt: skip
         measured = open_task(task, ckpt_dir, data_folder, here)
         if grid is not None:
             measured.grid = override_grid(measured.grid, grid)
+        if dry_run and not ranks.first:
+            return
         if dry_run:
             cells, least, most = expected_work(measured, ckpt_dir, out, options, overwrite)
             about = f"{format_count(least)} to {format_count(most)}" if least < most else f"about {format_count(most)}"
@@ -218,6 +227,16 @@ def open_task(name: str | None, folder: Path, data_folder: Path | None, device: 
     if not isinstance(getattr(made, "grid", None), Grid):
         raise TaskError(f"--task {name!r}: it has no `grid`; set it to a gradscope.Grid")
     return made
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Read `0,2` into numbers. Raises UsageError on another form."""
+    from gradscope.errors import UsageError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--checkpoints {text!r} is not of the form 0,2") from None
 
 
 def untrained_note(attributes: Any, task: Task) -> list[str]:

@@ -76,5 +76,5 @@ def seed_streams(seed: int) -> None:
     The same as torch.manual_seed, which without CUDA formats a stack trace for later on every call (2 ms).
     """
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)

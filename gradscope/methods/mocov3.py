@@ -20,8 +20,8 @@ from gradscope.models import VisionTransformer, ViTSize, random_keep
 from schedulers import Strategy, patch_tokens, token_cost
 
 
-def contrastive_loss(query_BF: Tensor, key_BF: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of MoCo-v3, a scalar: mean cross-entropy of q.k/T over the batch's keys, times 2T.
+def contrastive_losses(query_BF: Tensor, key_BF: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of MoCo-v3, one term per query (B): cross-entropy of q.k/T over the batch's keys, times 2T.
 
     Both inputs are L2-normalised here; image b's positive is key b, its negatives the other keys. No
     gradient should flow into `key_BF`: pass it detached. The factor 2T keeps gradients comparable
@@ -31,7 +31,12 @@ def contrastive_loss(query_BF: Tensor, key_BF: Tensor, temperature: float) -> Te
     key_BF = F.normalize(key_BF, dim=1)
     logits_BB = query_BF @ key_BF.T / temperature
     labels_B = torch.arange(len(query_BF), device=query_BF.device)
-    return F.cross_entropy(logits_BB, labels_B) * (2 * temperature)
+    return F.cross_entropy(logits_BB, labels_B, reduction="none") * (2 * temperature)
+
+
+def contrastive_loss(query_BF: Tensor, key_BF: Tensor, temperature: float) -> Tensor:
+    """Mean of `contrastive_losses`, a scalar."""
+    return contrastive_losses(query_BF, key_BF, temperature).mean()
 
 
 def momentum_at(fraction: float, base: float) -> float:
@@ -90,7 +95,18 @@ class MoCoV3(nn.Module):
         *,
         key_BF: Tensor | None = None,
     ) -> Tensor:
-        """Mean loss of a batch under `strategy`, a scalar.
+        """Mean loss of a batch under `strategy`, a scalar; arguments as those of `losses`."""
+        return self.losses(views, strategy, generator, key_BF=key_BF).mean()
+
+    def losses(
+        self,
+        views: tuple[Tensor, Tensor],
+        strategy: Strategy,
+        generator: torch.Generator,
+        *,
+        key_BF: Tensor | None = None,
+    ) -> Tensor:
+        """The loss term of every query under `strategy`, (B).
 
         `views`: query and key view, each (B, C, S, S) float. The query drops `strategy["dropout"]` of its
         tokens, the key none; both use `strategy["patch"]` (what the paper found best, its tables 2a to 2c).
@@ -106,7 +122,7 @@ class MoCoV3(nn.Module):
         query_BF = self.predictor(self.projector(self.backbone(query_BCSS, patch=patch, keep_BK=keep_BK)))
         if key_BF is None:
             key_BF = self.keys(key_BCSS, patch)
-        return contrastive_loss(query_BF, key_BF, self.config.temperature)
+        return contrastive_losses(query_BF, key_BF, self.config.temperature)
 
     @torch.no_grad()
     def keys(self, key_BCSS: Tensor, patch: int) -> Tensor:

@@ -50,7 +50,7 @@ def run(
 
 def empty_stream(layout: GroupLayout, metrics: Metrics) -> GradientStream:
     sketch = Sketch(layout, seed=0, device=torch.device("cpu"))
-    return GradientStream.empty(layout, metrics, sketch, torch.zeros(layout.total))
+    return GradientStream.empty(layout, metrics, sketch, torch.zeros(layout.total, dtype=torch.float64))
 
 
 def block(g_KP: torch.Tensor, z_KP: torch.Tensor, layout: GroupLayout, metrics: Metrics) -> Block:
@@ -104,7 +104,7 @@ def test_plugin_is_too_large_by_the_noise_of_the_mean_difference(gaussian: Gauss
     values = gaussian.values[:, ESTIMATES.index("bias_sq_plugin")]
     standard_error = values.std(ddof=1) / REPEATS**0.5
     assert abs(values.mean() - gaussian.truth["bias_sq"] - gaussian.plugin_excess) < 3 * standard_error
-    assert gaussian.plugin_excess > 20 * standard_error  # the bias is there to be seen
+    assert gaussian.plugin_excess > 15 * standard_error  # the bias is there to be seen
 
 
 @pytest.mark.parametrize("name", ["bias_sq", "variance", "norm_sq", "inner", "norm_sq_ref"])

@@ -133,7 +133,7 @@ def test_shared_work_is_counted_once(small_run: Path, tmp_path: Path) -> None:
         calls.append(patch)
         return keys(self, view, patch)
 
-    options = ProfileOptions(samples=48, allocation="fixed", metrics=("euclidean",))
+    options = ProfileOptions(samples=48, allocation="fixed", metrics=("euclidean",), estimator="subbatch")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("gradscope.methods.mocov3.MoCoV3.keys", counted)
         _, summary = profile(task, small_run, tmp_path / "cube.nc", options=options)

@@ -187,8 +187,10 @@ def _products(a_CP: Tensor, b_CP: Tensor, weights: Sequence[Tensor | None]) -> T
     """sum_p w a b of every metric and row: (W, C) float64."""
     rows = []
     for w_P in weights:
-        left_CP = a_CP if w_P is None else a_CP * w_P
-        rows.append(torch.bmm(left_CP[:, None], b_CP[:, :, None])[:, 0, 0])
+        if w_P is None and a_CP is b_CP:
+            rows.append(torch.linalg.vector_norm(a_CP, dim=1).square())
+        else:  # a batched matrix product of these shapes is several times slower
+            rows.append(((a_CP if w_P is None else a_CP * w_P) * b_CP).sum(1))
     return torch.stack(rows).double()
 
 

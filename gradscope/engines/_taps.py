@@ -13,6 +13,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class Taps(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors(args)) + (list(_tensors(kwargs)) if kwargs else [])
+        tensors = _tensors(args) + _tensors(kwargs)
         sources = [self._sources[id(t)] for t in tensors if id(t) in self._sources]
         data = any(self._carries_data(t) for t in tensors)
         if not sources or not torch.is_grad_enabled() or func is Tensor.requires_grad_:
@@ -228,22 +229,24 @@ class _Attached(torch.autograd.Function):
         return None, None
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def _tensors(values: Any) -> list[Tensor]:
     """The tensors of a nest of lists, tuples and dictionaries."""
     if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors(value)
+        return [values]
+    found: list[Tensor] = []
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple | dict):
+            found += _tensors(value)
+    return found
 
 
 def _name(func: Any) -> str:
     return getattr(func, "__name__", repr(func))
 
 
+@cache
 def _writes(func: Any) -> bool:
     """Whether a function changes its first argument."""
     name = _name(func)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -363,6 +364,24 @@ def test_everything_is_left_as_found() -> None:
         assert torch.equal(p, value) and p.requires_grad == requires_grad and not p._backward_hooks
         assert p.grad is None or name == "head.weight"
     assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
+
+
+def test_a_pass_leaves_no_circles_that_hold_its_graph() -> None:
+    """Memory must not wait for the garbage collector: a graph is as large as all activations."""
+    model = Classifier().double()
+    stream, losses, batch = PerSampleStream(model), classification(model), images()
+    stream(losses, batch)
+    gc.collect()
+    gc.disable()
+    try:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        stream(losses, batch)
+        gc.collect()
+        assert not [value for value in gc.garbage if isinstance(value, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_losses_are_checked() -> None:

@@ -24,7 +24,7 @@ def test_a_difference_is_judged_by_its_own_paired_error() -> None:
 
 
 def test_bound_is_students_on_the_difference() -> None:
-    values = np.random.default_rng(3).normal(size=(12, 2)) + [5.0, 4.5]
+    values = np.array([5.0, 4.5]) + np.random.default_rng(3).normal(size=(12, 2))
     gap = values[:, 1] - values[:, 0]
     bound = gap.mean() + stats.t.ppf(0.999, 11) * gap.std(ddof=1) / 12**0.5
     assert gap.mean() < 0 < bound

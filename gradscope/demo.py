@@ -24,6 +24,7 @@ from gradscope.trainer import TrainResult, read_log, train
 from schedulers import constant_schedule, format_count, mixed_schedule, optimize, save_schedule, token_cost
 
 BUDGET = 120e3
+SAMPLES = 1024  # most per cell of the profile
 PILOT, PLAIN, OPTIMIZED = "ckpt_dir", "none", "optimized"
 
 
@@ -106,7 +107,7 @@ def run_demo(
             PretrainTask(setting, device=device),
             out / PILOT,
             out / "cube.nc",
-            options=ProfileOptions(),
+            options=ProfileOptions(samples=SAMPLES),
             report=progress.update,
         )
     schedule = optimize(profile_of(tree.dataset), budget)

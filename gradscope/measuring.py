@@ -8,7 +8,7 @@ other strategies, nor their order, nor the number of ranks (up to the order of s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +61,9 @@ class Look:
     active: list[Strategy]
 
 
+Looks = Generator[Look, None, None]
+
+
 @dataclass
 class CheckpointMeasurement:
     """Measures strategies at one checkpoint.
@@ -81,7 +84,7 @@ class CheckpointMeasurement:
     groups: tuple[str, ...] = ()
     _failures: dict[Strategy, str] = field(default_factory=dict)
 
-    def run(self, strategies: Sequence[Strategy], looks: Sequence[int], step: Callable[[int], None]) -> Iterator[Look]:
+    def run(self, strategies: Sequence[Strategy], looks: Sequence[int], step: Callable[[int], None]) -> Looks:
         """Measure `strategies`, stopping after each number of sub-batches in `looks` to yield a Look.
 
         `step(m)` is called before each sub-batch, on every rank equally often. The model is left untouched.
@@ -90,7 +93,7 @@ class CheckpointMeasurement:
         with untouched(self.model):
             yield from self._run(list(strategies), looks, step)
 
-    def _run(self, active: list[Strategy], looks: Sequence[int], step: Callable[[int], None]) -> Iterator[Look]:
+    def _run(self, active: list[Strategy], looks: Sequence[int], step: Callable[[int], None]) -> Looks:
         task, ranks, size = self.task, self.ranks, self.conditions.batch_size
         parameters = FlatParameters.of(task, self.model)
         self.groups = parameters.layout.names

@@ -1,9 +1,14 @@
-"""The cube of a profile before anything is measured: labels, costs and provenance of a task's run."""
+"""The cube that a profile fills: empty with its labels, costs and provenance, then cell by cell, and its file.
+
+Only the first rank of a distributed profile has cells in it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,11 +16,160 @@ from pathlib import Path
 import torch
 import xarray as xr
 
-from gradscope.cube import new_cube
+from gradscope.cube import DONE, FAILED, groups_of, new_cube, new_groups, put_cell, save_cube, variable_name
+from gradscope.errors import CubeError, TaskError
+from gradscope.estimators import Estimates
 from gradscope.measuring import Conditions
+from gradscope.merge import copy_cells
+from gradscope.races import RaceBook
 from gradscope.task import Checkpoint, Task, task_digest
-from schedulers import Strategy
+from schedulers import Criterion, Strategy
 from schedulers.schedule import library_version
+
+SAVE_SECONDS = 5.0
+SAVE_SHARE = 50  # a profile spends at most a 50th of its time on writing
+TERMS = {True: "gradient of the mean loss of a sub-batch of K samples", False: "gradient of one sample's loss term"}
+
+
+class ProfileCube:
+    """Cells by (checkpoint number, strategy), what is remembered of the races, and the file `out`.
+
+    `least`: samples below which a finished cell does not count.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        folder: Path,
+        checkpoints: Sequence[Checkpoint],
+        digests: Sequence[str],
+        given: Conditions,
+        out: Path,
+        least: int,
+    ) -> None:
+        self.task, self.checkpoints, self.digests, self.given = task, checkpoints, digests, given
+        self.out, self.least = out, least
+        self.cube = empty_cube(task, folder, checkpoints, digests, given)
+        self.groups: xr.Dataset | None = None
+        self.book = RaceBook()
+        self.units_before, self.failures = 0.0, dict[str, str]()
+        self._unsaved, self._saved, self._save_seconds = False, time.monotonic(), 0.0
+        self._task_digest = task_digest(task)
+
+    @property
+    def tree(self) -> xr.DataTree:
+        return xr.DataTree.from_dict(
+            {"/": self.cube, **({} if self.groups is None else {"/param_groups": self.groups})}
+        )
+
+    @property
+    def done_count(self) -> int:
+        return int((self.cube["status"] == DONE).sum())
+
+    def samples(self, t: int, strategy: Strategy) -> int:
+        return int(self.cube["n_samples"].values[self._at(t, strategy)])
+
+    def done(self, t: int, strategy: Strategy, samples: int = 0) -> bool:
+        """Whether the cell is there, measured in this way with at least that many samples."""
+        at = self._at(t, strategy)
+        return bool(
+            self.cube["status"].values[at] == DONE
+            and self.cube["cell_key"].values[at] == self._key(t)
+            and self.cube["n_samples"].values[at] >= max(samples, self.least)
+        )
+
+    def failed(self, t: int, strategy: Strategy) -> bool:
+        return bool(self.cube["status"].values[self._at(t, strategy)] == FAILED)
+
+    def best(self, t: int, strategies: Sequence[Strategy], criterion: Criterion, metric: str) -> Strategy | None:
+        """The best finished one of `strategies` at a checkpoint."""
+        score = self.cube[variable_name(criterion.name)].sel(metric=metric).values[t]
+        worth = {s: float(score[self.task.grid.position(s)]) for s in strategies if self.done(t, s)}
+        sign = 1 if criterion.lower_is_better else -1
+        return min((s for s in worth if math.isfinite(worth[s])), key=lambda s: sign * worth[s], default=None)
+
+    def put(self, t: int, strategy: Strategy, found: Estimates) -> None:
+        """A finished cell; one that is there with as many samples stays."""
+        assert self.groups is not None
+        if not self.done(t, strategy, found.samples):
+            put_cell(self.cube, self.groups, self._at(t, strategy), found, key=self._key(t))
+        self._unsaved = True
+
+    def fail(self, t: int, strategy: Strategy, why: str) -> None:
+        """A failed cell; an earlier measurement of fewer samples stays."""
+        if self.cube["status"].values[self._at(t, strategy)] != DONE:
+            self.cube["status"].values[self._at(t, strategy)] = FAILED
+            self.cube["cell_key"].values[self._at(t, strategy)] = self._key(t)
+        self.failures[f"progress={self.checkpoints[t].progress:g},{strategy}"] = why
+        self.cube.attrs["failures_json"] = json.dumps(self.failures)
+        self._unsaved = True
+
+    def note_engine(self, name: str, *, whole_sub_batches: bool) -> None:
+        self.cube.attrs["engine"], self.cube.attrs["term"] = name, TERMS[whole_sub_batches]
+
+    def check_groups(self, names: Sequence[str], t: int) -> None:
+        """Make the group's dataset, or raise TaskError when a checkpoint has other parameter groups."""
+        if self.groups is None:
+            self.groups = new_groups(self.cube, names)
+        elif [str(name) for name in self.groups["param_group"].values] != list(names):
+            raise TaskError(
+                f"{self.checkpoints[t].path.name}: its parameter groups differ from those of the other checkpoints"
+            )
+
+    def take_over(self, old: xr.DataTree) -> str:
+        """Keep the cells of an existing file; returns its engine, or "auto".
+
+        Raises CubeError when it is another profile's.
+        """
+        changed = [
+            name
+            for name in ("task_digest", "seed", "batch_size", "reference", "beta")
+            if old.attrs.get(name) != self.cube.attrs[name]
+        ]
+        if [str(m) for m in old.to_dataset()["metric"].values] != list(self.given.metrics):
+            changed.append("metrics")
+        engine = str(old.attrs.get("engine") or "auto")
+        if self.given.estimator not in ("auto", engine) and engine != "auto":
+            changed.append(f"estimator, {engine}")
+        if old.attrs.get("precision", "float32") != self.given.precision:
+            changed.append("precision")
+        if changed:
+            raise CubeError(
+                f"{self.out}: holds another profile (another {', '.join(changed)}); use --overwrite to "
+                "start anew, or another --out"
+            )
+        for name in ("engine", "term", "created_at"):
+            self.cube.attrs[name] = old.attrs.get(name, self.cube.attrs[name])
+        child = groups_of(old)
+        if child is not None:
+            self.groups = new_groups(self.cube, [str(name) for name in child["param_group"].values])
+        try:
+            copy_cells(old, self.cube, self.groups)
+        except CubeError as error:
+            raise CubeError(f"{self.out}: {error}; use --overwrite to start anew, or another --out") from error
+        self.book = RaceBook.read(old.attrs.get("races_json", "{}"))
+        self.units_before = float(old.attrs.get("units", 0.0))
+        return engine
+
+    def save_when_due(self, units: float) -> None:
+        """Save what is not saved, at most every SAVE_SECONDS; `units` spent by this profile so far."""
+        pause = max(SAVE_SECONDS, SAVE_SHARE * self._save_seconds)
+        if self._unsaved and time.monotonic() - self._saved > pause:
+            self.save(units)
+
+    def save(self, units: float) -> None:
+        started = time.monotonic()
+        self.cube.attrs["units"] = self.units_before + units
+        self.cube.attrs["races_json"] = self.book.text()
+        save_cube(self.cube, self.groups, self.out)
+        self._unsaved, self._saved = False, time.monotonic()
+        self._save_seconds = self._saved - started
+
+    def _at(self, t: int, strategy: Strategy) -> tuple[int, ...]:
+        return (t, *self.task.grid.position(strategy))
+
+    def _key(self, t: int) -> str:
+        return f"{self.digests[t][:16]}-{self._task_digest}-{self.given.seed}-{self.given.batch_size}"
 
 
 def empty_cube(
@@ -59,6 +213,7 @@ def empty_cube(
             "beta": given.batch_size * task.cost(grid.reference),
             "seed": given.seed,
             "engine": "",
+            "term": "",
             "precision": given.precision,
             "races_json": "{}",
             "torch_version": str(torch.__version__),

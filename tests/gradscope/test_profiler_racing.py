@@ -74,7 +74,8 @@ def test_races_in_another_order_end_alike(folder: Path, tmp_path: Path, whole: x
 def test_a_killed_race_continues_to_the_same_cube(
     folder: Path, tmp_path: Path, at: int, whole: xr.DataTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradscope.profiler.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("gradscope.profile_cube.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("gradscope.profile_cube.SAVE_SHARE", 0.0)
     calls = 0
 
     def stop(fraction: float, text: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradscope.engines._terms import Embedded, Mapped, Outer, Part, Rows
+from gradscope.engines.fast.terms import Embedded, Mapped, Outer, Part, Rows
 
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 LARGE = 2**15  # numbers of a weight from which one sample at a time is faster than several

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gradscope.engines._calls import Call, UnsupportedUse
-from gradscope.engines._layout import Layout
-from gradscope.engines._rules import IN_PLACE, RULES, Build, masked
-from gradscope.engines._terms import Mapped, Outer, Part
+from gradscope.engines.fast.calls import Call, UnsupportedUse
+from gradscope.engines.fast.layout import Layout
+from gradscope.engines.fast.rules import IN_PLACE, RULES, Build, masked
+from gradscope.engines.fast.terms import Mapped, Outer, Part
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradscope.engines._layout import Layout
+from gradscope.engines.fast.layout import Layout
 
 REDUCE_BYTES = 2**20  # of a product that is summed at once; it should stay in the cache
 

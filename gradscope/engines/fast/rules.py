@@ -2,7 +2,7 @@
 
 A rule takes a `Call` and returns `(output, build)`, or None where it does not apply. The output is computed with the
 parameters detached, so autograd computes no gradient of theirs; `build(signal, layout)` yields the parts of
-`_terms` when the signal has arrived. It must not hold the call, whose arguments hold the graph. What no rule covers
+`terms` when the signal has arrived. It must not hold the call, whose arguments hold the graph. What no rule covers
 is differentiated sample by sample (`masked`).
 """
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradscope.engines._calls import Call, Saved, UnsupportedUse, reduced
-from gradscope.engines._layout import Layout
-from gradscope.engines._terms import Contracted, Convolved, Embedded, Outer, Part, Rows, unfolder, wide
+from gradscope.engines.fast.calls import Call, Saved, UnsupportedUse, reduced
+from gradscope.engines.fast.layout import Layout
+from gradscope.engines.fast.terms import Contracted, Convolved, Embedded, Outer, Part, Rows, unfolder, wide
 
 Build = Callable[[Tensor, Layout], list[tuple[Tensor, Part]]]
 MASKED_BYTES = 256 * 2**20  # of K gradients of one parameter; beyond it the whole model is differentiated instead

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradscope.engines._coupled import refuse_coupling
-from gradscope.engines._layout import Layout, choose_samples, find_layout
-from gradscope.engines._moments import Moments, Workspace, moments
 from gradscope.engines._samples import check_shape
-from gradscope.engines._taps import NamedUnsupported, Taps, Use
-from gradscope.engines._terms import Part, Rows, wide
+from gradscope.engines.fast.coupled import refuse_coupling
+from gradscope.engines.fast.layout import Layout, choose_samples, find_layout
+from gradscope.engines.fast.moments import Moments, Workspace, moments
+from gradscope.engines.fast.taps import NamedUnsupported, Taps, Use
+from gradscope.engines.fast.terms import Part, Rows, wide
 from gradscope.errors import NonFiniteError, TaskError
 
 LOOP_BYTES = 2**30  # of K gradients of parameters without a rule, where the reference has to keep them

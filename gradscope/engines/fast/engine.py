@@ -4,8 +4,8 @@ What it reports is the gradient of loss term i, defined where term i depends on 
 carry no gradient (design section 3). Never are K x P gradients formed: a linear layer's come from its input and the
 signal at its output, either as a Gram product or a few at a time in a buffer that stays in the cache (Goodfellow
 2015; Li et al. 2021 for sequences), with the ordinary weight gradient falling out beside; normalisations, biases,
-class tokens and position tables are small. The modules beside this one: `_taps` sees the uses of a parameter,
-`_rules` knows the operations, `_terms` and `_moments` compute, `_passes` decides and checks.
+class tokens and position tables are small. The modules beside this one: `taps` sees the uses of a parameter,
+`rules` knows the operations, `terms` and `moments` compute, `passes` decides and checks.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradscope.engines._moments import Moments
-from gradscope.engines._passes import Passes
-from gradscope.engines._terms import Part
 from gradscope.engines.contract import Reference
+from gradscope.engines.fast.moments import Moments
+from gradscope.engines.fast.passes import Passes
+from gradscope.engines.fast.terms import Part
 from gradscope.engines.flat import FlatParameters, seed_streams
 from gradscope.engines.subbatch import autocast, no_gradient
 from gradscope.errors import NonFiniteError, TaskError

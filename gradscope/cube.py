@@ -18,10 +18,12 @@ from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from gradscope.errors import CubeError, UsageError
 from gradscope.estimators import ESTIMATES, Estimates
 from gradscope.files import write_atomically
+from gradscope.races import RaceBook
 from schedulers import CRITERIA, MOMENTS, Grid, Moments, Strategy, criterion_se, readable
 from schedulers.profile import Profile
 
@@ -254,6 +256,17 @@ def grid_of(cube: xr.Dataset) -> Grid:
     )
 
 
+def failed_names(cube: xr.Dataset) -> set[str]:
+    """The names under which `failures_json` tells of the cells that are failed."""
+    grid = grid_of(cube)
+    return {
+        f"progress={float(progress):g},{strategy}"
+        for t, progress in enumerate(cube["progress"].values)
+        for strategy in grid.strategies()
+        if cube["status"].values[(t, *grid.position(strategy))] == FAILED
+    }
+
+
 def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str = "tokens") -> Profile:
     """The optimizer's view of a cube in one metric and cost model.
 
@@ -289,7 +302,21 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         cost_model=cost_model,
         digest=digest_of(cube),
         reference_budget=training.get("budget"),
+        contenders=_contenders(cube, metrics.index(metric)),
     )
+
+
+def _contenders(cube: xr.Dataset, metric_index: int) -> dict[str, NDArray[np.bool_]]:
+    """Per criterion by which the strategies of a checkpoint raced, who was left: (T, C), all where none raced."""
+    book = RaceBook.read(cube.attrs.get("races_json", "{}"))
+    strategies = grid_of(cube).strategies()
+    rows = [f"{d[:16]}:{s}" for d, s in zip(cube["checkpoint_sha256"].values, cube["step"].values, strict=True)]
+    found = {}
+    for criterion in CRITERIA:
+        left = [book.contenders(row, criterion, metric_index) for row in rows]
+        if any(texts is not None for texts in left):
+            found[criterion] = np.array([[t is None or str(s) in t for s in strategies] for t in left])
+    return found
 
 
 def digest_of(cube: xr.Dataset) -> str:

@@ -23,7 +23,9 @@ With one term per sub-batch the two are the same. Inner products may be taken in
 Point estimates are exact: a stream keeps the sum of its vectors and sums of squares (float64),
 never M vectors. Standard errors are a delete-one jackknife over sub-batches, which needs inner products
 between blocks; those are taken in a random sketch of each block's sum (a CountSketch, Charikar, Chen,
-Farach-Colton 2002: random signs, buckets by position modulo a prime, one sketch per parameter group).
+Farach-Colton 2002: random signs, buckets by position modulo a prime, one sketch per parameter group). The
+sketch adds noise of its own, about |g_m|^2 |mean g|^2 / S to a squared influence: for gradients whose noise has far
+more than S effective dimensions in one group the standard errors come out too large, never too small.
 
 Shapes: P parameter, G parameter group, W metric, M sub-batch, S sketch entry, E estimate.
 """
@@ -83,6 +85,10 @@ class Metrics:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.weights)
+
+    def on(self, device: torch.device) -> Metrics:
+        """The same metrics with their weights on a device."""
+        return Metrics({name: None if w is None else w.to(device) for name, w in self.weights.items()})
 
 
 EUCLIDEAN = Metrics({"euclidean": None})
@@ -204,7 +210,7 @@ def estimate(
             f"{len(numbers)} sub-batches against {len(reference.records)} of the reference: "
             "need the same ones, at least two"
         )
-    layout, metrics = stream.layout, stream.metrics
+    layout, metrics = stream.layout, stream.metrics.on(stream.sum_P.device)
     gg_WG, gz_WG = products_with(stream.sum_P, [stream.sum_P, reference.sum_P], layout, metrics)
     sums = _Products(gg_WG, gz_WG, inner_products(reference.sum_P, reference.sum_P, layout, metrics))
     ours, theirs = [stream.records[m] for m in numbers], [reference.records[m] for m in numbers]

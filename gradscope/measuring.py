@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradscope.checks import reason
 from gradscope.engines import Engine, FlatParameters, SubBatchEngine, choose_engine, derive_seed
-from gradscope.errors import NonFiniteError, TaskError
+from gradscope.errors import GradscopeError, NonFiniteError, TaskError
 from gradscope.estimators import (
     EUCLIDEAN,
     Estimates,
@@ -83,6 +83,7 @@ class CheckpointMeasurement:
     engine_reason: str = ""
     groups: tuple[str, ...] = ()
     _failures: dict[Strategy, str] = field(default_factory=dict)
+    _size: int = 0
 
     def run(self, strategies: Sequence[Strategy], looks: Sequence[int], step: Callable[[int], None]) -> Looks:
         """Measure `strategies`, stopping after each number of sub-batches in `looks` to yield a Look.
@@ -100,8 +101,8 @@ class CheckpointMeasurement:
         broken = ""
         try:
             engine = self._open_engine(parameters)
-        except (NonFiniteError, torch.OutOfMemoryError) as error:
-            broken, engine = reason(error), None
+        except Exception as error:
+            broken, engine = failure(error), None
         self._check_same_engine(engine)
         if engine is not None:
             streams = self._streams(engine, parameters, active)
@@ -144,10 +145,11 @@ class CheckpointMeasurement:
     ) -> str:
         """Add sub-batch m to every stream; returns why the reference failed, or nothing."""
         reference, shared = self.task.grid.reference, set[str]()
+        self._check_size(batch)
         try:
             z = engine.reference(batch, seed=self._seed(m, reference))
-        except (NonFiniteError, torch.OutOfMemoryError) as error:
-            return reason(error)
+        except Exception as error:
+            return failure(error)
         self._spend(reference, shared)
         streams[reference].add(m, z.block, z.block)
         for strategy in active:
@@ -155,12 +157,23 @@ class CheckpointMeasurement:
                 continue
             try:
                 block = engine.block(batch, strategy, seed=self._seed(m, strategy), reference=z)
-            except (NonFiniteError, RuntimeError, ValueError) as error:
-                self._failures[strategy] = reason(error)
+            except Exception as error:
+                self._failures[strategy] = failure(error)
                 continue
             self._spend(strategy, shared)
             streams[strategy].add(m, block, z.block)
         return ""
+
+    def _check_size(self, batch: object) -> None:
+        """Raise TaskError for a sub-batch that is shorter than those before it (a loader's last one)."""
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+        size = len(leaves[0]) if leaves else 0
+        self._size = self._size or size
+        if size != self._size:
+            raise TaskError(
+                f"batches(size={self.conditions.batch_size}) gave sub-batches of {self._size} and then of {size} rows; "
+                "leave out a short last one"
+            )
 
     def _streams(
         self, engine: Engine, parameters: FlatParameters, active: Sequence[Strategy]
@@ -255,6 +268,13 @@ class CheckpointMeasurement:
 
     def _spend(self, strategy: Strategy, shared: set[str]) -> None:
         self.units += self.conditions.batch_size * unshared_cost(self.task, strategy, shared)
+
+
+def failure(error: Exception) -> str:
+    """Why a cell failed, in one line; errors that the user has to mend in the task are raised instead."""
+    if isinstance(error, GradscopeError) and not isinstance(error, NonFiniteError):
+        raise error
+    return reason(error)
 
 
 def unshared_cost(task: Task, strategy: Strategy, shared: set[str]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from gradscope.cube import COST_MODELS, DONE, PENDING, grid_of, groups_of, new_cube, new_groups
+from gradscope.cube import COST_MODELS, DONE, PENDING, failed_names, grid_of, groups_of, new_cube, new_groups
 from gradscope.errors import CubeError
 from gradscope.races import RaceBook
 from schedulers import Grid, Strategy
@@ -122,6 +122,8 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
     groups = new_groups(merged, names[0]) if names else None
     for tree in trees:
         copy_cells(tree, merged, groups)
+    failed, told = failed_names(merged), json.loads(merged.attrs["failures_json"])
+    merged.attrs["failures_json"] = json.dumps({name: why for name, why in told.items() if name in failed})
     return merged, groups
 
 

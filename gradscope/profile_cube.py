@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import xarray as xr
 
-from gradscope.cube import DONE, FAILED, groups_of, new_cube, new_groups, put_cell, save_cube, variable_name
+from gradscope.cube import DONE, FAILED, failed_names, groups_of, new_cube, new_groups, profile_of, put_cell, save_cube
 from gradscope.errors import CubeError, TaskError
 from gradscope.estimators import Estimates
 from gradscope.measuring import Conditions
 from gradscope.merge import copy_cells
-from gradscope.races import RaceBook
+from gradscope.races import Entry, RaceBook
 from gradscope.task import Checkpoint, Task, task_digest
 from schedulers import Criterion, Strategy
 from schedulers.schedule import library_version
@@ -52,7 +52,7 @@ class ProfileCube:
         self.cube = empty_cube(task, folder, checkpoints, digests, given)
         self.groups: xr.Dataset | None = None
         self.book = RaceBook()
-        self.units_before, self.failures = 0.0, dict[str, str]()
+        self.units_before, self.failures, self.rewritten = 0.0, dict[str, str](), 0
         self._unsaved, self._saved, self._save_seconds = False, time.monotonic(), 0.0
         self._task_digest = task_digest(task)
 
@@ -78,34 +78,54 @@ class ProfileCube:
             and self.cube["n_samples"].values[at] >= max(samples, self.least)
         )
 
-    def failed(self, t: int, strategy: Strategy) -> bool:
-        return bool(self.cube["status"].values[self._at(t, strategy)] == FAILED)
+    def there(self, t: int, strategy: Strategy) -> bool:
+        """Whether the cell is done, or failed under these very conditions."""
+        at = self._at(t, strategy)
+        failed = self.cube["status"].values[at] == FAILED and self.cube["cell_key"].values[at] == self._key(t)
+        return bool(failed) or self.done(t, strategy)
+
+    def row(self, t: int) -> str:
+        """Which checkpoint, for the book of races."""
+        return f"{self.digests[t][:16]}:{self.checkpoints[t].step}"
+
+    def note(self, t: int, entry: Entry) -> None:
+        """Remember a race after a look."""
+        self.book.note(self.row(t), entry)
+        self._unsaved = True
 
     def best(self, t: int, strategies: Sequence[Strategy], criterion: Criterion, metric: str) -> Strategy | None:
         """The best finished one of `strategies` at a checkpoint."""
-        score = self.cube[variable_name(criterion.name)].sel(metric=metric).values[t]
-        worth = {s: float(score[self.task.grid.position(s)]) for s in strategies if self.done(t, s)}
+        done = [s for s in strategies if self.done(t, s)]
+        if not done:
+            return None
+        profile = profile_of(self.cube, metric=metric)  # all over the reference's own |G|^2
+        score_C = profile.scores(criterion, profile.progress[t : t + 1])[0][0]
+        names = profile.grid.strategies()
+        worth = {s: float(score_C[names.index(s)]) for s in done}
         sign = 1 if criterion.lower_is_better else -1
         return min((s for s in worth if math.isfinite(worth[s])), key=lambda s: sign * worth[s], default=None)
 
-    def put(self, t: int, strategy: Strategy, found: Estimates) -> None:
-        """A finished cell; one that is there with as many samples stays."""
+    def put(self, t: int, strategy: Strategy, found: Estimates) -> bool:
+        """A finished cell; one that is there with as many samples stays. Returns whether it was written."""
         assert self.groups is not None
-        if not self.done(t, strategy, found.samples):
-            put_cell(self.cube, self.groups, self._at(t, strategy), found, key=self._key(t))
-        self._unsaved = True
+        if self.done(t, strategy, found.samples):
+            return False
+        self.rewritten += self.done(t, strategy)
+        put_cell(self.cube, self.groups, self._at(t, strategy), found, key=self._key(t))
+        self._note_failure(t, strategy, None)
+        return True
 
     def fail(self, t: int, strategy: Strategy, why: str) -> None:
         """A failed cell; an earlier measurement of fewer samples stays."""
         if self.cube["status"].values[self._at(t, strategy)] != DONE:
             self.cube["status"].values[self._at(t, strategy)] = FAILED
             self.cube["cell_key"].values[self._at(t, strategy)] = self._key(t)
-        self.failures[f"progress={self.checkpoints[t].progress:g},{strategy}"] = why
-        self.cube.attrs["failures_json"] = json.dumps(self.failures)
-        self._unsaved = True
+        self._note_failure(t, strategy, why)
 
-    def note_engine(self, name: str, *, whole_sub_batches: bool) -> None:
+    def note_engine(self, name: str, device: torch.device, *, whole_sub_batches: bool) -> None:
         self.cube.attrs["engine"], self.cube.attrs["term"] = name, TERMS[whole_sub_batches]
+        if device.type == "cuda":
+            self.cube.attrs["device_name"] = torch.cuda.get_device_name(device)
 
     def check_groups(self, names: Sequence[str], t: int) -> None:
         """Make the group's dataset, or raise TaskError when a checkpoint has other parameter groups."""
@@ -148,6 +168,12 @@ class ProfileCube:
         except CubeError as error:
             raise CubeError(f"{self.out}: {error}; use --overwrite to start anew, or another --out") from error
         self.book = RaceBook.read(old.attrs.get("races_json", "{}"))
+        self.failures = {
+            name: why
+            for name, why in json.loads(old.attrs.get("failures_json", "{}")).items()
+            if name in failed_names(self.cube)
+        }
+        self.cube.attrs["failures_json"] = json.dumps(self.failures)
         self.units_before = float(old.attrs.get("units", 0.0))
         return engine
 
@@ -164,6 +190,14 @@ class ProfileCube:
         save_cube(self.cube, self.groups, self.out)
         self._unsaved, self._saved = False, time.monotonic()
         self._save_seconds = self._saved - started
+
+    def _note_failure(self, t: int, strategy: Strategy, why: str | None) -> None:
+        name = f"progress={self.checkpoints[t].progress:g},{strategy}"
+        self.failures.pop(name, None)
+        if why is not None:
+            self.failures[name] = why
+        self.cube.attrs["failures_json"] = json.dumps(self.failures)
+        self._unsaved = True
 
     def _at(self, t: int, strategy: Strategy) -> tuple[int, ...]:
         return (t, *self.task.grid.position(strategy))
@@ -217,13 +251,6 @@ def empty_cube(
             "precision": given.precision,
             "races_json": "{}",
             "torch_version": str(torch.__version__),
-            "device_name": _device_name(task),
+            "device_name": "cpu",
         },
     )
-
-
-def _device_name(task: Task) -> str:
-    device = getattr(task, "device", None)
-    if isinstance(device, torch.device) and device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return "cpu"

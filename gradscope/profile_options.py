@@ -14,6 +14,7 @@ ESTIMATORS = ("auto", "subbatch", "per-sample", "per-sample-fast")
 PRECISIONS = ("float32", "bf16")
 ACCUMULATORS = ("auto", "device", "cpu")
 FIXED_BLOCKS = 16
+RACING_SAMPLES = 8192  # what benchmarks/profile found to be worth its cost
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ProfileOptions:
     """How much to measure and how.
 
     `samples`: per cell, rounded up to whole sub-batches of K; with `allocation="racing"` the most a cell can
-    get (default 64 sub-batches; every cell gets `minimum` of them), with "fixed" what each gets (default 16).
+    get (default 8,192; every cell gets `minimum` sub-batches), with "fixed" what each gets (default 16 sub-batches).
     `batch_size` is K, default the task's. Racing asks for the best strategy by `criterion` in `metric` (default:
     optimizer, where it is measured) and ignores advantages below `tolerance` of the best score. `estimator`:
     the engine, "auto" takes a per-sample one where the task allows it. `precision`: of the forward and backward
@@ -75,7 +76,7 @@ class ProfileOptions:
         """Most sub-batches of `batch_size` samples per cell. Raises UsageError when too few for standard errors."""
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; a sub-batch needs at least one sample")
-        default = RaceRule.maximum if self.racing else FIXED_BLOCKS
+        default = max(-(-RACING_SAMPLES // batch_size), self.minimum) if self.racing else FIXED_BLOCKS
         count = default if self.samples is None else -(-self.samples // batch_size)
         if count < 3:
             raise UsageError(

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradscope.cube import profile_of
 from gradscope.measuring import unshared_cost
 from gradscope.profile_cube import ProfileCube
 from gradscope.profile_options import ProfileOptions
-from gradscope.races import Race
+from gradscope.races import Entry, Race
 from gradscope.task import Task
 from schedulers import RaceRule, Strategy, boundary_cells, get_criterion
 
 
 @dataclass(frozen=True)
 class Job:
-    """Strategies to measure at checkpoint t, the sub-batches at which to look, the race if it is one."""
+    """Strategies to measure at checkpoint t, the sub-batches at which to look, the race if it is one.
+
+    `marks`: what counts as tried once the job is done.
+    """
 
     t: int
     strategies: tuple[Strategy, ...]
     looks: tuple[int, ...]
     race: Race | None
+    marks: frozenset[object] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -34,32 +38,37 @@ class Plan:
     batch_size: int
     cells: ProfileCube
 
-    def next_job(self, t: int, tried: Collection[Strategy]) -> Job | None:
-        """The next cells to measure at checkpoint t that were not tried before in this call."""
-        cells, most = self.cells, self.rule.maximum * self.batch_size
-        strategies = [s for s in self._ordered() if s not in tried]
+    def next_job(self, t: int, tried: Collection[object]) -> Job | None:
+        """The next cells to measure at checkpoint t that are not among the marks `tried` in this call."""
+        cells, most, ordered = self.cells, self.rule.maximum * self.batch_size, self._ordered()
+        fresh = [s for s in ordered if s not in tried]
         if not self.options.racing:
-            wanted = [s for s in strategies if not cells.done(t, s, most)]
-            group = tuple(wanted[: self.options.group_size])
-            return Job(t, group, (self.rule.maximum,), None) if group else None
-        missing = [s for s in strategies if not cells.done(t, s)]
-        digest, book = cells.digests[t], cells.book
-        raced = book.cells(digest)
-        cut_off = [s for s in missing if str(s) in raced and not cells.failed(t, s)]
-        if cut_off:
-            return self._race(t, cut_off, book.checked(digest))
-        if not raced:
-            missing = [s for s in strategies if not cells.done(t, s, most)]
-        if missing:
-            best = cells.best(t, self._ordered(), get_criterion(self.options.criterion), self.options.race_metric)
-            return self._race(t, [*missing, *([best] if best is not None and best not in missing else [])], 0)
-        still_open = [s for s in strategies if str(s) in book.still_open(digest)]
-        if still_open and book.checked(digest) < self.rule.maximum:
-            return self._race(t, still_open, book.checked(digest))
+            group = tuple([s for s in fresh if not cells.done(t, s, most)][: self.options.group_size])
+            return Job(t, group, (self.rule.maximum,), None, frozenset(group)) if group else None
+        known = cells.book.races(cells.row(t), self._race(t, ordered).identity)
+        for entry in known:  # cut off: those not yet measured go on, against those still in it
+            mark = (entry.cells, entry.checked)
+            cut_off = {str(s) for s in ordered if str(s) in entry.cells and not cells.there(t, s)}
+            if cut_off and mark not in tried:
+                return self._again(t, entry, cut_off | {*entry.open}, mark)
+        raced = {text for entry in known for text in entry.cells}
+        new = [s for s in fresh if str(s) not in raced and (not known or not cells.done(t, s))]
+        new = [s for s in new if known or not cells.done(t, s, most)]
+        new += [s for s in fresh if s not in new and not cells.done(t, s)]
+        if new:
+            best = cells.best(t, ordered, get_criterion(self.options.criterion), self.options.race_metric)
+            return self._job(t, self._race(t, [*new, *([best] if best and best not in new else [])]), {*new})
+        for entry in known:
+            mark = (entry.cells, entry.checked)
+            if entry.undecided and entry.checked < self.rule.maximum and mark not in tried:
+                return self._again(t, entry, {*entry.open}, mark)
         return None
 
-    def boundary_job(self) -> Job | None:
-        """The cells of one checkpoint whose errors leave open where the best strategy changes, at twice the samples."""
+    def boundary_job(self, tried: Collection[object]) -> Job | None:
+        """The cells of one checkpoint whose errors leave open where the best strategy changes, at twice the samples.
+
+        Cells at numbers of sub-batches that are `tried` are passed over.
+        """
         if not self.cells.done_count:
             return None
         strategies, most = self.task.grid.strategies(), self.rule.maximum * self.batch_size
@@ -68,21 +77,24 @@ class Plan:
             self.options.criterion,
             tolerance=self.rule.tolerance,
         )
-        found = [(t, c) for t, c in found if self.cells.samples(t, strategies[c]) < most]
-        if not found:
-            return None
-        t = found[0][0]
-        here = tuple(strategies[c] for u, c in found if u == t)
-        blocks = 2 * min(self.cells.samples(t, s) for s in here) // self.batch_size
-        return Job(t, here, (min(max(blocks, self.rule.minimum), self.rule.maximum),), None)
+        for t in sorted({t for t, _ in found}):
+            here = tuple(strategies[c] for u, c in found if u == t and self.cells.samples(t, strategies[c]) < most)
+            if not here:
+                continue
+            twice = 2 * min(self.cells.samples(t, s) for s in here) // self.batch_size
+            blocks = min(max(twice, self.rule.minimum), self.rule.maximum)
+            mark = (t, here, blocks)
+            if mark not in tried:
+                return Job(t, here, (blocks,), None, frozenset({mark}))
+        return None
 
     def expected_work(self, chosen: Sequence[int]) -> tuple[int, float, float]:
         """Cells wanted at the `chosen` checkpoints, and the least and most units they and the reference cost."""
         cells, least, most = 0, 0.0, 0.0
         for t in chosen:
-            tried: set[Strategy] = set()
+            tried: set[object] = set()
             while job := self.next_job(t, tried):
-                tried |= set(job.strategies)
+                tried |= job.marks
                 cells += len(job.strategies)
                 shared = set[str]()
                 cost = sum(
@@ -93,8 +105,16 @@ class Plan:
                 most += cost * job.looks[-1] * self.batch_size
         return cells, least, most
 
-    def _race(self, t: int, strategies: Sequence[Strategy], floor: int) -> Job:
-        race = Race(
+    def _again(self, t: int, entry: Entry, texts: Collection[str], mark: object) -> Job:
+        """A race that goes on, without looks before the last one, for the strategies of those texts."""
+        strategies = [s for s in self._ordered() if str(s) in texts]
+        return self._job(t, replace(self._race(t, strategies), floor=entry.checked, all_cells=entry.cells), {mark})
+
+    def _job(self, t: int, race: Race, marks: Collection[object]) -> Job:
+        return Job(t, race.cells, tuple(race.looks()), race, frozenset(marks))
+
+    def _race(self, t: int, strategies: Sequence[Strategy]) -> Race:
+        return Race(
             self.rule,
             get_criterion(self.options.criterion),
             self.options.metrics.index(self.options.race_metric),
@@ -102,9 +122,7 @@ class Plan:
             self.task.cost(self.task.grid.reference),
             self.batch_size,
             tuple(strategies),
-            floor,
         )
-        return Job(t, race.cells, tuple(race.looks()), race)
 
     def _ordered(self) -> list[Strategy]:
         strategies = list(self.task.grid.strategies())

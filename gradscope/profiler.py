@@ -25,10 +25,10 @@ from gradscope.measuring import CheckpointMeasurement, Conditions, Look
 from gradscope.profile_cube import ProfileCube
 from gradscope.profile_options import ProfileOptions
 from gradscope.profile_plan import Job, Plan
+from gradscope.races import Entry
 from gradscope.ranks import ALONE, Ranks
 from gradscope.signals import StopFlag
 from gradscope.task import Checkpoint, Task
-from schedulers import Strategy
 
 Report = Callable[[float, str], None]  # (fraction of the work done, one line of news)
 
@@ -109,12 +109,14 @@ class _Profile:
         least = self.rule.minimum * self.batch_size
         self.cells = ProfileCube(task, folder, checkpoints, digests, self.conditions, out, least)
         self.plan = Plan(task, options, self.rule, self.batch_size, self.cells)
-        self.checked, self.shown = False, 0.0
+        self.checked, self.shown, self.engine_source = False, 0.0, ""
         if ranks.first:
             check_writable(out)
             if out.exists() and not overwrite:
                 engine = self.cells.take_over(open_cube(out))
-                self.conditions = replace(self.conditions, estimator=engine if engine != "auto" else options.estimator)
+                if engine != "auto":
+                    self.conditions = replace(self.conditions, estimator=engine)
+                    self.engine_source = f"as in the cells that {out} holds"
         self.conditions = ranks.gather(self.conditions)[0]
 
     def run(self) -> tuple[xr.DataTree, ProfileSummary]:
@@ -127,26 +129,32 @@ class _Profile:
                     idle = False
                     self._measure(job, stop)
             finally:
-                if self.ranks.first and (self.summary.measured or self.summary.failures or idle):
+                self.summary.reused -= self.cells.rewritten
+                self.summary.failures = self.cells.failures
+                if self.ranks.first and (
+                    self.cells.book.entries or self.summary.measured or self.summary.failures or idle
+                ):
                     self.cells.save(self.summary.units)
             stop.raise_if_set("stopped after the last cell; this profile is complete")
         return self.cells.tree, self.summary
 
     def _jobs(self) -> Iterator[Job]:
         """What to measure, checkpoint by checkpoint, then at the boundaries; the first rank plans for all."""
+        tried: set[object] = set()
         for t in self.chosen:
-            tried: set[Strategy] = set()
+            tried.clear()
             while job := self.ranks.gather(self.plan.next_job(t, tried))[0]:
-                tried |= set(job.strategies)
+                tried |= job.marks
                 yield job
-        if not self.options.racing or len(self.chosen) < len(self.checkpoints):
-            return
-        done: list[tuple[int, tuple[Strategy, ...], tuple[int, ...]]] = []
-        while job := self.ranks.gather(self.plan.boundary_job())[0]:
-            if (job.t, job.strategies, job.looks) in done:
-                return  # it failed, and would be asked for again
-            done.append((job.t, job.strategies, job.looks))
+        tried.clear()
+        while self._all_there and (job := self.ranks.gather(self.plan.boundary_job(tried))[0]):
+            tried |= job.marks
             yield job
+
+    @property
+    def _all_there(self) -> bool:
+        """Whether boundaries are to be measured: a gap between some of the checkpoints would be another one."""
+        return self.options.racing and len(self.chosen) == len(self.checkpoints)
 
     def _measure(self, job: Job, stop: StopFlag) -> None:
         checkpoint = self.checkpoints[job.t]
@@ -187,21 +195,22 @@ class _Profile:
         last, finished = look.blocks == job.looks[-1], list(look.active)
         if job.race:
             still_open = job.race.open(look.found)
-            cells.book.note(cells.digests[job.t], job.race.cells, look.blocks, still_open)
+            cells.note(job.t, Entry.of(job.race, look.blocks, still_open))
             if len(still_open) > 1 and not last:
                 finished = [s for s in look.active if s not in still_open]
         for strategy in finished:
-            cells.put(job.t, strategy, look.found[strategy])
+            self.summary.measured += cells.put(job.t, strategy, look.found[strategy])
         for strategy, why in look.failures.items():
             cells.fail(job.t, strategy, why)
-        self.summary.measured += len(finished)
-        self.summary.failures = cells.failures
         look.active = [s for s in look.active if s not in finished]
 
     def _note_engine(self, measurement: CheckpointMeasurement) -> None:
         engine = measurement.engine
         if engine is None or self.summary.engine:
             return
-        self.summary.engine, self.summary.engine_reason = engine.name, measurement.engine_reason
-        self.cells.note_engine(engine.name, whole_sub_batches=isinstance(engine, SubBatchEngine))
+        self.summary.engine = engine.name
+        self.summary.engine_reason = self.engine_source or measurement.engine_reason
+        self.cells.note_engine(
+            engine.name, engine.parameters.device, whole_sub_batches=isinstance(engine, SubBatchEngine)
+        )
         self.conditions = replace(self.conditions, estimator=engine.name)

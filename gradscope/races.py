@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,11 @@ from schedulers import MOMENTS, Criterion, Moments, RaceRule, Strategy, contende
 
 @dataclass(frozen=True)
 class Race:
-    """One race: its rule, what decides it, and the sub-batches before which nobody leaves (`floor`)."""
+    """One race: its rule, what decides it, and who is in it.
+
+    `cells`: those measured now; `all_cells`: texts of all of the race, when some have left before; nobody leaves
+    up to `floor` sub-batches.
+    """
 
     rule: RaceRule
     criterion: Criterion
@@ -30,6 +35,18 @@ class Race:
     batch_size: int
     cells: tuple[Strategy, ...]
     floor: int = 0
+    all_cells: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What must be the same for a race to be the same one; the cap may grow."""
+        rule = self.rule
+        return (self.criterion.name, self.metric_index, rule.minimum, rule.tolerance, rule.confidence, rule.growth)
+
+    @property
+    def entry_cells(self) -> tuple[str, ...]:
+        """Texts of all strategies that ever were in this race, sorted."""
+        return self.all_cells or tuple(sorted(map(str, self.cells)))
 
     def looks(self) -> list[int]:
         return [look for look in self.rule.looks() if look > self.floor or look == self.rule.maximum]
@@ -64,58 +81,81 @@ class Race:
         )
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One race as remembered: its rule, its cells, the sub-batches at the last look and who was then in it."""
+
+    rule: tuple[Any, ...]
+    cells: tuple[str, ...]
+    checked: int
+    open: tuple[str, ...]
+
+    @classmethod
+    def of(cls, race: Race, blocks: int, still_open: Sequence[Strategy]) -> Entry:
+        return cls(race.identity, race.entry_cells, blocks, tuple(map(str, still_open)))
+
+    @property
+    def undecided(self) -> bool:
+        return len(self.open) > 1
+
+
 @dataclass
 class RaceBook:
-    """What is remembered of the races: checkpoint digest -> cells, the last look, and who was still open."""
+    """What is remembered of the races: checkpoint -> entries, one per rule and set of cells, in order."""
 
-    entries: dict[str, dict[str, object]] = field(default_factory=dict)
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, text: str) -> RaceBook:
-        return cls(json.loads(text))
+        return cls(
+            {
+                checkpoint: [
+                    Entry(tuple(e["rule"]), tuple(e["cells"]), int(e["checked"]), tuple(e["open"])) for e in entries
+                ]
+                for checkpoint, entries in json.loads(text).items()
+            }
+        )
 
     def text(self) -> str:
-        return json.dumps(self.entries)
+        return json.dumps({checkpoint: [asdict(e) for e in entries] for checkpoint, entries in self.entries.items()})
+
+    def races(self, checkpoint: str, rule: tuple[Any, ...]) -> list[Entry]:
+        """The races at a checkpoint under a rule (its cap aside)."""
+        return [entry for entry in self.entries.get(checkpoint, []) if entry.rule == rule]
+
+    def contenders(self, checkpoint: str, criterion: str, metric_index: int) -> set[str] | None:
+        """Texts of the strategies that no race by this criterion and metric has ruled out; None without a race."""
+        left: set[str] = set()
+        found = [e for e in self.entries.get(checkpoint, []) if e.rule[:2] == (criterion, metric_index)]
+        for entry in found:
+            left = (left - set(entry.cells)) | set(entry.open)
+        return left if found else None
+
+    def note(self, checkpoint: str, entry: Entry) -> None:
+        """Remember a race, in place of what was known of it."""
+        known = self.entries.setdefault(checkpoint, [])
+        at = next((i for i, e in enumerate(known) if (e.rule, e.cells) == (entry.rule, entry.cells)), None)
+        if at is None:
+            known.append(entry)
+        else:
+            known[at] = entry
 
     def join(self, other: RaceBook) -> None:
         """Take in what another part of the profile remembers.
 
-        Of races of the same checkpoint the one that got further counts, unless each had strategies that the
-        other had not: then those that are left in either go on against each other.
+        Of one race the part that got further counts. Races of other strategies at the same checkpoint, measured
+        apart, leave a race among those that are left in either.
         """
-        for digest, theirs in other.entries.items():
-            ours = self.entries.get(digest)
-            if ours is None or self.cells(digest) < other.cells(digest):
-                self.entries[digest] = theirs
-            elif self.cells(digest) == other.cells(digest):
-                self.entries[digest] = max(ours, theirs, key=lambda entry: int(str(entry["checked"])))
-            elif not other.cells(digest) <= self.cells(digest):
-                self.entries[digest] = {
-                    "cells": sorted(self.cells(digest) | other.cells(digest)),
-                    "checked": min(self.checked(digest), other.checked(digest)),
-                    "open": sorted({*_texts(ours, "open"), *_texts(theirs, "open")}),
-                }
-
-    def note(self, digest: str, raced: Sequence[Strategy], blocks: int, still_open: Sequence[Strategy]) -> None:
-        """After a look at `blocks` sub-batches `still_open` are in the race; one or none means that it is decided."""
-        cells = {*map(str, raced), *self.cells(digest)}
-        self.entries[digest] = {"cells": sorted(cells), "checked": blocks, "open": [str(s) for s in still_open]}
-
-    def cells(self, digest: str) -> set[str]:
-        """Texts of the strategies that ever raced at this checkpoint."""
-        return set(_texts(self.entries.get(digest, {}), "cells"))
-
-    def still_open(self, digest: str) -> set[str]:
-        """Texts of the strategies between which the last look could not decide."""
-        found = _texts(self.entries.get(digest, {}), "open")
-        return set(found) if len(found) > 1 else set()
-
-    def checked(self, digest: str) -> int:
-        """Sub-batches at the last look, 0 before the first."""
-        found = self.entries.get(digest, {}).get("checked", 0)
-        return found if isinstance(found, int) else 0
-
-
-def _texts(entry: Mapping[str, object], name: str) -> list[str]:
-    found = entry.get(name, [])
-    return [str(text) for text in found] if isinstance(found, list) else []
+        for checkpoint, theirs in other.entries.items():
+            for entry in theirs:
+                ours = self.races(checkpoint, entry.rule)
+                same = next((e for e in ours if e.cells == entry.cells), None)
+                if same is not None:
+                    self.note(checkpoint, max(same, entry, key=lambda e: e.checked))
+                    continue
+                mine = set(entry.cells)
+                apart = [e for e in ours if not (mine <= set(e.cells) or mine >= set(e.cells))]
+                self.note(checkpoint, entry)
+                for e in apart:
+                    left = tuple(sorted({*e.open, *entry.open}))
+                    self.note(checkpoint, Entry(entry.rule, left, min(e.checked, entry.checked), left))

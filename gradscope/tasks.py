@@ -72,6 +72,9 @@ class PretrainTask(Task):
         return self.sub_batches(size, seed)
 
     def sub_batches(self, size: int, seed: int, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        if type(self).batches is not PretrainTask.batches:  # a subclass has data of its own
+            yield from super().sub_batches(size, seed, first, every)
+            return
         images = len(self.setting.data.train_images)
         if size > images:
             raise UsageError(f"sub-batches of {size} samples: {self.setting.config.data} has only {images}")

@@ -58,7 +58,8 @@ def buffer_guard(model: nn.Module) -> Restore:
     @torch.no_grad()
     def restore() -> None:
         for module, name, buffer, value in saved:
-            buffer.copy_(value)
+            if not torch.equal(buffer, value):  # an expanded buffer cannot be written, and need not be
+                buffer.copy_(value)
             module._buffers[name] = buffer
 
     return restore

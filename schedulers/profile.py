@@ -5,10 +5,11 @@ Shape legend: T profiled progress points, C strategies in `grid.strategies()` or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments, criterion_se, get_criterion, readable
 from schedulers.errors import UsageError
@@ -23,7 +24,9 @@ class Profile:
     where not known; `moments` (T, C), NaN where not measured; `covariance` (T, C, 5, 5) of the
     estimates in the order of MOMENTS, or None; `batch_size` is the K of the profiled run and `beta`
     the budget of one update in units. `digest` identifies the cube; `reference_budget` is the budget
-    in units of the run that was profiled, None when unknown. Raises UsageError, naming the field,
+    in units of the run that was profiled, None when unknown. `contenders`: per criterion's name (T, C), the
+    strategies that a race by that criterion had not ruled out; others have fewer samples, whose luck must not make
+    them win later, and score no better than the best contender. Raises UsageError, naming the field,
     when shapes or values do not fit.
     """
 
@@ -38,6 +41,7 @@ class Profile:
     cost_model: str
     digest: str
     reference_budget: float | None = None
+    contenders: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("progress", "cost", "covariance"):
@@ -84,6 +88,7 @@ class Profile:
         moments = readable(self.moments, self.covariance)
         batch, ref = self.batch_size, self.reference_cost
         score = chosen.score(moments, self.cost, beta=self.beta, batch_size=batch, reference_cost=ref)
+        score = self._without_losers_luck(chosen, score)
         score = interpolate(self.progress, score, progress_points)
         if self.covariance is None:
             return score, np.full(score.shape, np.nan)
@@ -91,6 +96,17 @@ class Profile:
             chosen, moments, self.covariance, self.cost, beta=self.beta, batch_size=batch, reference_cost=ref
         )
         return score, interpolate(self.progress, se, progress_points)
+
+    def _without_losers_luck(self, criterion: Criterion, score: FloatArray) -> FloatArray:
+        """Scores (T, C) in which no strategy that left a race is better than the best one that did not."""
+        stays = self.contenders.get(criterion.name)
+        if stays is None:
+            return score
+        sign = -1.0 if criterion.lower_is_better else 1.0
+        worth = sign * score
+        best = np.where(stays & np.isfinite(worth), worth, -np.inf).max(axis=1, keepdims=True)
+        kept = stays | ~np.isfinite(best)
+        return np.asarray(sign * np.where(kept, worth, np.minimum(worth, best)))
 
 
 def interpolate(progress: FloatArray, values: FloatArray, progress_points: ArrayLike) -> FloatArray:

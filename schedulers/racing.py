@@ -33,9 +33,9 @@ class RaceRule:
     """
 
     minimum: int = 8
-    maximum: int = 64
+    maximum: int = 128
     tolerance: float = 0.05
-    confidence: float = 0.99
+    confidence: float = 0.95
     growth: float = 1.5
 
     def __post_init__(self) -> None:
@@ -46,8 +46,8 @@ class RaceRule:
             )
         if not 0.5 <= self.confidence < 1:
             raise UsageError(f"confidence={self.confidence} is not a level in [0.5, 1)")
-        if self.tolerance < 0:
-            raise UsageError(f"tolerance={self.tolerance} must not be negative")
+        if not 0 <= self.tolerance < float("inf"):
+            raise UsageError(f"tolerance={self.tolerance} is not a share of the best score, 0 or more")
         if not self.growth > 1:
             raise UsageError(f"growth={self.growth} must be above 1")
 

@@ -183,13 +183,18 @@ def test_units_in_the_papers_convention_have_one_key_for_all() -> None:
 def test_rows_are_legal_and_compare_with_the_plug_in(case: study.Case, tmp_path: Path) -> None:
     found = {"run": "mixed", "criterion": "ca-mse", **efficiency.rounded(efficiency.examine(case, 5))}
     results = {
-        "device": "some processor", "date": "2026-11-22", "batch_size": BATCH, "race_rule": {},
-        "units_per_sample_apart": 10.0, "cases": [found],
-    }  # fmt: skip
+        "device": "some processor",
+        "date": "2026-11-22",
+        "batch_size": BATCH,
+        "units_per_sample_apart": 10.0,
+        "cases": [found],
+    }
     rows = efficiency.rows(results)
     assert len({row.claim for row in rows}) == len(rows) and all(row.claim.startswith("efficiency: ") for row in rows)
-    share = next(row for row in rows if "samples per cell of the race over" in row.claim)
-    race = dict(zip(efficiency.RACE, found["resampled"]["races"][0], strict=True))
+    share = next(row for row in rows if "mean samples per cell of the race" in row.claim)
+    race = efficiency.race_by(found["resampled"]["races"], efficiency.CLAIMED[0])
+    assert race is not None and race["maximum"] == 256
+    assert efficiency.race_by(found["resampled"]["races"], RaceRule(maximum=99)) is None
     assert share.value == pytest.approx(race["samples"] / (256 * BATCH), abs=1e-4)
     (tmp_path / "efficiency.json").write_text(json.dumps(results))
     collected = run.rows_of(tmp_path)

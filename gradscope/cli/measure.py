@@ -37,7 +37,7 @@ def profile(
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Most samples per cell; default 64 sub-batches (16 with a fixed allocation).",
+            help="Most samples per cell; default 8,192 (16 sub-batches with a fixed allocation).",
             envvar="GRADSCOPE_SAMPLES",
         ),
     ] = None,

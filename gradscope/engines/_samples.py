@@ -5,7 +5,8 @@ Leaves of another leading dimension, and leaves that are no tensors, belong to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,12 @@ def _map(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return function(batch) if batch.ndim else batch
     if isinstance(batch, Mapping):
-        return {key: _map(value, function) for key, value in batch.items()}
+        mapped = {key: _map(value, function) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return mapped
+        batch = copy.copy(batch)  # a dictionary of a kind of its own, with attributes perhaps
+        batch.update(mapped)
+        return batch
     if isinstance(batch, tuple | list):
         values = [_map(value, function) for value in batch]
         if isinstance(batch, list):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from gradscope.engines.fast import FastPerSampleEngine
 from gradscope.engines.flat import FlatParameters, seed_streams
 from gradscope.engines.per_sample import PerSampleEngine
 from gradscope.engines.subbatch import SubBatchEngine
-from gradscope.errors import NonFiniteError, TaskError, UsageError
+from gradscope.errors import GradscopeError, NonFiniteError, TaskError, UsageError
 from gradscope.estimators import EUCLIDEAN, Metrics
 from gradscope.profile_options import ESTIMATORS
 from gradscope.task import Task
@@ -38,7 +39,7 @@ def choose_engine(
     """The engine for `estimator` and one sentence that says which it is and why.
 
     "auto" takes per-sample gradients by the fast path where the loss terms of `batch` have gradients of their
-    own under the reference, else whole sub-batches. Raises UsageError for an unknown name, TaskError when the
+    own under every strategy, else whole sub-batches. Raises UsageError for an unknown name, TaskError when the
     engine asked for cannot measure the task. Costs passes over a few samples; the model is left untouched.
     """
     if estimator not in ESTIMATORS:
@@ -50,7 +51,7 @@ def choose_engine(
     kind = PerSampleEngine if estimator == "per-sample" else FastPerSampleEngine
     try:
         _check(task, model, batch, seed=seed)
-        _try(kind(*arguments), model, batch, seed=seed)
+        _try(kind(*arguments), task, model, batch, seed=seed)
     except TaskError as error:
         if estimator != "auto":
             raise TaskError(f"--estimator {estimator}: {error}") from error
@@ -62,16 +63,22 @@ def choose_engine(
 
 
 def _check(task: Task, model: nn.Module, batch: Any, *, seed: int) -> None:
-    """Raise TaskError unless the task gives per-sample losses, uncoupled, whose mean is its loss."""
+    """Raise TaskError unless the task gives per-sample losses, uncoupled under all strategies, whose mean is `loss`."""
     reference, few = task.grid.reference, take(batch, slice(SAMPLES))
     with untouched(model), torch.no_grad():
         try:
             mean = losses_of(task, model, few, reference, seed=seed).double().mean()
         except NotImplementedError as error:
             raise TaskError("the task gives no per-sample losses (its `sample_losses` is not written)") from error
+        except (GradscopeError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise TaskError(f"sample_losses fails on the first {SAMPLES} samples of a batch: {_line(error)}") from error
         seed_streams(seed)
         loss = task.loss(model, few, reference, torch.Generator().manual_seed(seed)).double()
-    check_uncoupled(task, model, batch, reference, seed=seed)
+    for strategy in task.grid.strategies():
+        with _cell_failures(strategy == reference):
+            check_uncoupled(task, model, batch, strategy, seed=seed)
     if torch.isfinite(loss) and not torch.isclose(loss, mean, rtol=1e-3, atol=1e-6):
         raise TaskError(
             f"the mean of sample_losses is {mean.item():.6g} but the loss is {loss.item():.6g} on the same samples and "
@@ -79,7 +86,30 @@ def _check(task: Task, model: nn.Module, batch: Any, *, seed: int) -> None:
         )
 
 
-def _try(engine: Engine, model: nn.Module, batch: Any, *, seed: int) -> None:
+def _try(engine: Engine, task: Task, model: nn.Module, batch: Any, *, seed: int) -> None:
     """Let an engine of the same kind measure a few samples, so that it refuses now what it cannot measure."""
-    with untouched(model), suppress(NonFiniteError):  # told, cell by cell, by the profile itself
-        engine.reference(take(batch, slice(SAMPLES)), seed=seed)
+    few = take(batch, slice(SAMPLES))
+    with untouched(model):
+        try:
+            z = engine.reference(few, seed=seed)
+        except NonFiniteError:  # told, cell by cell, by the profile itself
+            return
+        for strategy in task.grid.strategies():
+            with _cell_failures(False):
+                engine.block(few, strategy, seed=seed, reference=z)
+
+
+@contextmanager
+def _cell_failures(matter: bool) -> Iterator[None]:
+    """Let errors of a strategy's own pass that do not matter here: the profile tells them, cell by cell."""
+    try:
+        yield
+    except TaskError:
+        raise
+    except Exception:
+        if matter:
+            raise
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gradscope.engines.flat import FlatParameters
 from gradscope.estimators import Block, Metrics
 from schedulers import Strategy
 
@@ -30,6 +31,7 @@ class Engine(Protocol):
 
     name: str
     metrics: Metrics
+    parameters: FlatParameters
 
     def reference(self, batch: Any, *, seed: int) -> Reference:
         """The reference's terms; raises TaskError when a trainable parameter receives no gradient."""

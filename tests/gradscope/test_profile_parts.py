@@ -13,8 +13,7 @@ from gradscope import ProfileOptions, merge_cubes, open_cube, profile, save_cube
 from gradscope.cube import DONE, PENDING, digest_of
 from gradscope.errors import UsageError
 from gradscope.profiler import expected_work
-from gradscope.races import RaceBook
-from schedulers import Strategy
+from gradscope.races import Entry, RaceBook
 from tests.gradscope.tasks_for_tests import LineTask, make_checkpoints
 
 FIXED = ProfileOptions(samples=40, allocation="fixed", seed=3)
@@ -58,18 +57,18 @@ def test_only_checkpoints_that_are_there_can_be_chosen(folder: Path, tmp_path: P
 
 
 def test_what_two_parts_remember_of_one_checkpoints_race() -> None:
-    a, b, c = (Strategy(patch=patch) for patch in (1, 2, 3))
+    rule = ("ca-mse", 0, 8, 0.05, 0.99, 1.5)
     early, late, other, elsewhere = RaceBook(), RaceBook(), RaceBook(), RaceBook()
-    early.note("one", [a, b], 8, [a, b])
-    late.note("one", [a, b], 12, [b])
-    other.note("one", [a, c], 18, [c])
-    elsewhere.note("two", [a], 8, [a])
+    early.note("one", Entry(rule, ("a", "b"), 8, ("a", "b")))
+    late.note("one", Entry(rule, ("a", "b"), 12, ("b",)))
+    other.note("one", Entry(rule, ("a", "c"), 18, ("c",)))
+    elsewhere.note("two", Entry(rule, ("a",), 8, ("a",)))
     book = RaceBook.read(early.text())
     book.join(late)
     book.join(elsewhere)
-    assert (book.checked("one"), book.still_open("one"), book.checked("two")) == (12, set(), 8)
+    assert book.races("one", rule) == [Entry(rule, ("a", "b"), 12, ("b",))] and len(book.races("two", rule)) == 1
     late.join(early)
-    assert json.loads(late.text())["one"] == json.loads(book.text())["one"]
-    book.join(other)
-    assert book.cells("one") == {"patch=1", "patch=2", "patch=3"}
-    assert (book.checked("one"), book.still_open("one")) == (12, {"patch=2", "patch=3"})
+    assert late.races("one", rule) == book.races("one", rule)
+    book.join(other)  # those left in either go on against each other
+    assert book.races("one", rule)[-1] == Entry(rule, ("b", "c"), 12, ("b", "c"))
+    assert book.races("one", ("descent", *rule[1:])) == []

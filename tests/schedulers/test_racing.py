@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -112,3 +114,12 @@ def test_boundary_loss_is_that_of_a_misplaced_change() -> None:
     )
     assert boundary_cells(profile, "ca-mse", tolerance=simulated * 0.9)
     assert not boundary_cells(profile, "ca-mse", tolerance=simulated * 1.1)
+
+
+def test_strategies_that_left_a_race_cannot_win_by_their_luck() -> None:
+    """The frozen score of a strategy with few samples is read as no better than the best one that stayed."""
+    profile = two_points([[1.0, 0.5, 9.0], [1.0, 0.5, 9.0]], [[0.0] * 3] * 2)
+    raced = replace(profile, contenders={"ca-mse": np.array([[True, False, False], [True, True, True]])})
+    scores, _ = raced.scores("ca-mse", [0.0, 1.0])
+    np.testing.assert_allclose(scores, [[1.0, 1.0, 9.0], [1.0, 0.5, 9.0]])
+    np.testing.assert_allclose(raced.scores("descent", [0.0])[0], profile.scores("descent", [0.0])[0])

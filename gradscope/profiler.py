@@ -170,7 +170,7 @@ class _Profile:
         def step(m: int) -> None:
             if self.ranks.any(stop.signal is not None):
                 stop.signal = stop.signal or signal.SIGTERM
-                stop.raise_if_set("stopped; finished cells are saved, run the same command to continue")
+                stop.raise_if_set("stopped; finished cells are saved, run the same command for the others")
             share = (self.chosen.index(job.t) + m / job.looks[-1]) / len(self.chosen)
             text = f"progress {checkpoint.progress:.2f}  sub-batch {m}/{job.looks[-1]}  {len(active)} strategies"
             self.shown = max(self.shown, share)  # boundary cells come back to earlier checkpoints

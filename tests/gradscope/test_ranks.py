@@ -155,7 +155,11 @@ def test_a_rank_that_hangs_ends_the_job_in_time(folder: Path, tmp_path: Path) ->
     [
         ("raise", [1, 1], "error: sub-batch 5 cannot be read"),
         ("end", [1, 1], "error: batches(size=8) ended before 7 sub-batches; lower --samples or make it endless"),
-        ("SIGTERM", [143, 143], "error: stopped; finished cells are saved, run the same command to continue"),
+        (
+            "SIGTERM",
+            [143, 143],
+            "error: stopped; finished cells are saved, run the same command for the others",
+        ),
     ],
 )
 def test_what_stops_one_rank_stops_all_and_is_told_once(
@@ -232,7 +236,7 @@ def test_a_signal_to_torchrun_stops_the_ranks(folder: Path, tmp_path: Path, numb
     job.send_signal(number)
     stdout, stderr = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0 and stdout == "" and "sub-batch" in told[0]
-    assert stderr.count("error: stopped; finished cells are saved, run the same command to continue") == 1, stderr
+    assert stderr.count("error: stopped; finished cells are saved, run the same command for the others") == 1, stderr
 
 
 @pytest.mark.slow

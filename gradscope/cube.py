@@ -205,6 +205,8 @@ def save_cube(cube: xr.Dataset, groups: xr.Dataset | None, path: Path) -> None:
 
 def open_cube(path: Path) -> xr.DataTree:
     """Read a cube into memory and close the file. Raises CubeError for a missing, damaged, foreign or newer file."""
+    if path.is_dir():
+        raise CubeError(f"{path}: a folder, not a cube; name a file in it")
     if not path.is_file():
         raise CubeError(f"{path}: no such cube; make one with `gradscope profile CKPT_DIR`")
     try:

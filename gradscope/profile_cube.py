@@ -52,7 +52,9 @@ class ProfileCube:
         self.cube = empty_cube(task, folder, checkpoints, digests, given)
         self.groups: xr.Dataset | None = None
         self.book = RaceBook()
-        self.units_before, self.failures, self.rewritten = 0.0, dict[str, str](), 0
+        self.units_before, self.failures = 0.0, dict[str, str]()
+        self.written: set[tuple[int, ...]] = set()  # cells of this call, and those of them that were there before
+        self.rewritten: set[tuple[int, ...]] = set()
         self._unsaved, self._saved, self._save_seconds = False, time.monotonic(), 0.0
         self._task_digest = task_digest(task)
 
@@ -105,15 +107,17 @@ class ProfileCube:
         sign = 1 if criterion.lower_is_better else -1
         return min((s for s in worth if math.isfinite(worth[s])), key=lambda s: sign * worth[s], default=None)
 
-    def put(self, t: int, strategy: Strategy, found: Estimates) -> bool:
-        """A finished cell; one that is there with as many samples stays. Returns whether it was written."""
+    def put(self, t: int, strategy: Strategy, found: Estimates) -> None:
+        """A finished cell; one that is there with as many samples stays."""
         assert self.groups is not None
         if self.done(t, strategy, found.samples):
-            return False
-        self.rewritten += self.done(t, strategy)
+            return
+        at = self._at(t, strategy)
+        if self.done(t, strategy) and at not in self.written:
+            self.rewritten.add(at)
+        self.written.add(at)
         put_cell(self.cube, self.groups, self._at(t, strategy), found, key=self._key(t))
         self._note_failure(t, strategy, None)
-        return True
 
     def fail(self, t: int, strategy: Strategy, why: str) -> None:
         """A failed cell; an earlier measurement of fewer samples stays."""

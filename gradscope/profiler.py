@@ -129,7 +129,7 @@ class _Profile:
                     idle = False
                     self._measure(job, stop)
             finally:
-                self.summary.reused -= self.cells.rewritten
+                self.summary.reused -= len(self.cells.rewritten)
                 self.summary.failures = self.cells.failures
                 if self.ranks.first and (
                     self.cells.book.entries or self.summary.measured or self.summary.failures or idle
@@ -199,7 +199,8 @@ class _Profile:
             if len(still_open) > 1 and not last:
                 finished = [s for s in look.active if s not in still_open]
         for strategy in finished:
-            self.summary.measured += cells.put(job.t, strategy, look.found[strategy])
+            cells.put(job.t, strategy, look.found[strategy])
+        self.summary.measured = len(cells.written)
         for strategy, why in look.failures.items():
             cells.fail(job.t, strategy, why)
         look.active = [s for s in look.active if s not in finished]

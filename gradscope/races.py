@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gradscope.errors import CubeError
 from gradscope.estimators import ESTIMATES, Estimates
 from schedulers import MOMENTS, Criterion, Moments, RaceRule, Strategy, contenders
 
@@ -107,14 +108,19 @@ class RaceBook:
 
     @classmethod
     def read(cls, text: str) -> RaceBook:
-        return cls(
-            {
-                checkpoint: [
-                    Entry(tuple(e["rule"]), tuple(e["cells"]), int(e["checked"]), tuple(e["open"])) for e in entries
-                ]
-                for checkpoint, entries in json.loads(text).items()
-            }
-        )
+        """The book as `text` wrote it. Raises CubeError for anything else."""
+        try:
+            return cls(
+                {
+                    checkpoint: [
+                        Entry(tuple(e["rule"]), tuple(e["cells"]), int(e["checked"]), tuple(e["open"]))
+                        for e in entries
+                    ]
+                    for checkpoint, entries in json.loads(text).items()
+                }
+            )
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CubeError("the cube's attribute races_json is damaged; profile again with --overwrite") from error
 
     def text(self) -> str:
         return json.dumps({checkpoint: [asdict(e) for e in entries] for checkpoint, entries in self.entries.items()})

@@ -124,7 +124,7 @@ def profile(
                 {"cells": cells, "strategies": len(measured.grid), "units": most, "units_least": least},
                 [
                     f"{cells} cells to measure on a grid of {len(measured.grid)} strategies, "
-                    f"{f'{about} units' if cells else 'nothing to do'}"
+                    f"{f'{about} units besides the set-up' if cells else 'nothing to do'}"
                 ],
                 as_json=as_json,
             )
@@ -264,10 +264,13 @@ def _show_cube(file: Path) -> tuple[dict[str, Any], list[str]]:
         "axes": {name: list(values) for name, values in grid.axes.items()}, "reference": str(grid.reference),
         "done": int((status == DONE).sum()), "failed": int((status == FAILED).sum()), "cells": int(status.size),
         "batch_size": int(cube.attrs["batch_size"]), "samples": int(cube["n_samples"].max()),
+        "samples_least": int(cube["n_samples"].where(status == DONE).min()) if (status == DONE).any() else 0,
+        "estimator": cube.attrs.get("engine", ""), "units": float(cube.attrs.get("units", 0.0)),
     }  # fmt: skip
     lines = [
         f"cube: {facts['done']} of {facts['cells']} cells done, {facts['failed']} failed; K "
-        f"{facts['batch_size']}, up to {facts['samples']} samples per cell"
+        f"{facts['batch_size']}, {facts['samples_least']} to {facts['samples']} samples per cell",
+        f"estimator {facts['estimator'] or 'unknown'}, {facts['units']:,.0f} units spent",
     ]
     lines += [f"progress: {', '.join(f'{p:.3g}' for p in cube['progress'].values)}"]
     lines += [f"{name}: {', '.join(map(str, values))}" for name, values in grid.axes.items()]

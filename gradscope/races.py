@@ -113,8 +113,7 @@ class RaceBook:
             return cls(
                 {
                     checkpoint: [
-                        Entry(tuple(e["rule"]), tuple(e["cells"]), int(e["checked"]), tuple(e["open"]))
-                        for e in entries
+                        Entry(tuple(e["rule"]), tuple(e["cells"]), int(e["checked"]), tuple(e["open"])) for e in entries
                     ]
                     for checkpoint, entries in json.loads(text).items()
                 }

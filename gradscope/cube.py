@@ -304,13 +304,16 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         cost_model=cost_model,
         digest=digest_of(cube),
         reference_budget=training.get("budget"),
-        contenders=_contenders(cube, metrics.index(metric)),
+        contenders=contenders_of(cube, metric),
     )
 
 
-def _contenders(cube: xr.Dataset, metric_index: int) -> dict[str, NDArray[np.bool_]]:
-    """Per criterion by which the strategies of a checkpoint raced, who was left: (T, C), all where none raced."""
+def contenders_of(cube: xr.Dataset, metric: str) -> dict[str, NDArray[np.bool_]]:
+    """Per criterion by which strategies raced in a metric, who was left: (T, C), all at points without a race."""
     book = RaceBook.read(cube.attrs.get("races_json", "{}"))
+    if not book.entries:
+        return {}
+    metric_index = [str(name) for name in cube["metric"].values].index(metric)
     strategies = grid_of(cube).strategies()
     rows = [f"{d[:16]}:{s}" for d, s in zip(cube["checkpoint_sha256"].values, cube["step"].values, strict=True)]
     found = {}

@@ -198,17 +198,23 @@ def variable(cube: xr.Dataset | xr.DataTree, name: str) -> Variable:
 def best_strategies(view: CubeView, shown: Variable) -> list[Best | None]:
     """The best strategy at each progress over the whole grid; None where nothing is measured or neither end is better.
 
+    Where strategies raced by this variable, the best is one that was left: others stopped at what few samples said.
     A rival is a strategy whose value lies within two standard errors of the difference, taken as
     sqrt(se² + se_best²): the errors are those of paired measurements, so this errs towards naming too many.
     """
+    from gradscope.cube import contenders_of, variable_name  # only here: importing the plots stays cheap
+
     values, errors = view.values(shown.name), view.errors(shown.name)
-    return [_best(view, values[t], errors[t], shown.better) for t in range(len(view.progress))]
+    raced = {variable_name(name): left for name, left in contenders_of(view.dataset, view.metric).items()}
+    left = raced[shown.name].reshape(values.shape) if shown.name in raced else np.ones(values.shape, dtype=bool)
+    return [_best(view, values[t], errors[t], left[t], shown.better) for t in range(len(view.progress))]
 
 
-def _best(view: CubeView, values: Floats, errors: Floats, better: Better) -> Best | None:
+def _best(view: CubeView, values: Floats, errors: Floats, left: NDArray[np.bool_], better: Better) -> Best | None:
     if not better or bool(np.isnan(values).all()):
         return None
-    flat = int(np.nanargmin(values) if better == "lower" else np.nanargmax(values))
+    among = np.where(left, values, np.nan) if bool((left & ~np.isnan(values)).any()) else values
+    flat = int(np.nanargmin(among) if better == "lower" else np.nanargmax(among))
     position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
     winner = Candidate(view.strategy(position), float(values[position]), float(errors[position]))
     distance = np.abs(values - winner.value)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradscope import Grid, Strategy, Task
 from gradscope.engines import Engine, FlatParameters
+from gradscope.engines.fast import FastPerSampleEngine
 from gradscope.engines.per_sample import PerSampleEngine
 from gradscope.estimators import Block, GradientStream, Metrics, Sketch, estimate
 from gradscope.untouched import untouched
@@ -157,12 +157,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def fast_engine() -> Any:
-    """FastPerSampleEngine, or the test is skipped."""
-    return pytest.importorskip("gradscope.engines.fast", reason="the fast engine is not there").FastPerSampleEngine
-
-
-ENGINES = {"per-sample": lambda: PerSampleEngine, "per-sample-fast": fast_engine}
+ENGINES = {"per-sample": lambda: PerSampleEngine, "per-sample-fast": lambda: FastPerSampleEngine}
 
 
 def make_engine(name: str, task: Task, model: nn.Module, metrics: Metrics | None = None, **options: Any) -> Any:

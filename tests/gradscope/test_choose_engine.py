@@ -14,10 +14,11 @@ from gradscope import Strategy
 from gradscope.engines import FlatParameters
 from gradscope.engines.choose import choose_engine
 from gradscope.engines.coupling import check_uncoupled, coupled_modules, find_coupling
+from gradscope.engines.fast import FastPerSampleEngine
 from gradscope.engines.subbatch import SubBatchEngine
 from gradscope.errors import TaskError, UsageError
 from gradscope.task import Task
-from tests.gradscope.oracle_cases import CASES, BareViT, InfoNCETask, PooledViT, SupervisedTask, fast_engine, mlp
+from tests.gradscope.oracle_cases import CASES, BareViT, InfoNCETask, PooledViT, SupervisedTask, mlp
 
 REFERENCE = SupervisedTask.grid.reference
 
@@ -137,7 +138,6 @@ def test_coupling_is_found_and_named(case: str) -> None:
     model = task.load()  # type: ignore[call-arg]
     with pytest.raises(TaskError, match=f"per-sample gradients are undefined: {message}"):
         check_uncoupled(task, model, next(task.batches(8, 0)), REFERENCE, seed=0)
-    fast_engine()
     engine, why = choose(task, "auto")
     assert isinstance(engine, SubBatchEngine) and why.startswith("subbatch, ") and "couples" in why and ";" not in why
     for estimator in ("per-sample", "per-sample-fast"):
@@ -202,23 +202,19 @@ def test_the_probe_leaves_the_model_as_found() -> None:
 
 
 def test_auto_takes_the_fast_path_where_terms_have_gradients_of_their_own() -> None:
-    fast = fast_engine()
     for case in ("vit", "constant keys", "momentum encoder with batch norm"):
         engine, why = choose(UNCOUPLED[case], "auto")
-        assert isinstance(engine, fast), why
+        assert isinstance(engine, FastPerSampleEngine), why
         assert why == "per-sample-fast, because every loss term has a gradient of its own"
 
 
 @pytest.mark.parametrize("estimator", ["subbatch", "per-sample", "per-sample-fast"])
 def test_what_is_asked_for_is_taken(estimator: str) -> None:
-    if estimator == "per-sample-fast":
-        fast_engine()
     engine, why = choose(UNCOUPLED["mlp"], estimator)
     assert engine.name == estimator and why.startswith(f"{estimator} was asked for")
 
 
 def test_a_task_without_terms_is_measured_by_sub_batches() -> None:
-    fast_engine()
     task = WithoutTerms(mlp, (6,))
     engine, why = choose(task, "auto")
     assert engine.name == "subbatch" and "the task gives no per-sample losses" in why

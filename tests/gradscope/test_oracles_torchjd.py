@@ -22,7 +22,6 @@ from tests.gradscope.oracle_cases import (
     SupervisedTask,
     blocks,
     check_close,
-    fast_engine,
     make_engine,
     mlp,
     moments,
@@ -56,7 +55,6 @@ CASES = {"mlp": (mlp, (6,)), "vit": (PooledViT, (1, 8, 8))}
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("case", CASES)
 def test_norms_and_products_of_terms(gramian: Any, case: str, dtype: torch.dtype, tolerance: float) -> None:
-    fast_engine()
     task = InfoNCETask(*CASES[case], dtype)
     model = task.load()
     batch, count = next(task.batches(8, 4)), 8
@@ -74,7 +72,6 @@ def test_norms_and_products_of_terms(gramian: Any, case: str, dtype: torch.dtype
 @pytest.mark.parametrize("case", CASES)
 def test_moments_from_the_gramian(gramian: Any, case: str, independent: bool) -> None:
     """Covariance trace and debiased squares, over all pairs of terms or only those of different sub-batches."""
-    fast_engine()
     task = InfoNCETask(*CASES[case])
     task.independent_terms = independent
     model, size, count = task.load(), 4, 12

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gradscope.plots._colour import colour_range
 from gradscope.plots._theme import COLOUR_SCALE, ink_on, number, progress_labels, scale_colour, with_error
 from gradscope.plots._view import best_strategies, read_view, untrained_strategies, variable
+from gradscope.races import Entry, RaceBook
 from schedulers.strategy import Strategy
 from tests.gradscope.cube_samples import sample_cube
 
@@ -145,3 +146,21 @@ def test_untrained_strategies_are_those_the_record_does_not_name(cube: xr.Datase
     assert untrained_strategies(cube) == [Strategy(patch=7, dropout=0.5)]
     for text in ("", "{}", "not json", "[]"):
         assert untrained_strategies(cube.assign_attrs(training_json=text)) is None
+
+
+def test_the_best_strategy_is_one_that_was_left_in_the_race(cube: xr.Dataset) -> None:
+    """A score that stands still since its strategy left the race does not win by its luck."""
+    digests = [f"{t:064d}" for t in range(cube.sizes["progress"])]
+    cube = cube.assign_coords(checkpoint_sha256=("progress", digests), step=("progress", range(len(digests))))
+    view, shown = read_view(cube, metric="optimizer"), variable(cube, "descent")
+    free = best_strategies(view, shown)
+    assert free[0] is not None
+    values = view.values("descent")[0]
+    other = next(
+        s for s in view.grid.strategies() if s != free[0].winner.strategy and np.isfinite(values[view.grid.position(s)])
+    )
+    book = RaceBook()
+    book.note(f"{digests[0][:16]}:0", Entry(("descent", 1), tuple(map(str, view.grid.strategies())), 8, (str(other),)))
+    raced = best_strategies(read_view(cube.assign_attrs(races_json=book.text()), metric="optimizer"), shown)
+    assert raced[0] is not None and raced[0].winner.strategy == other
+    assert raced[1] == free[1]

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+import gradscope.cli.cost as cost
 import gradscope.cli.measure as measure
-import gradscope.cli.schedule as schedule
+import gradscope.cli.optimize as optimize
 import gradscope.cli.training as training
 import gradscope.cli.view as view
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GRADSCOPE"},
 )
-for module in (view, training, measure, schedule):
+for module in (view, training, measure, optimize, cost):
     module.register(app)
 
 

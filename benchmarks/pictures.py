@@ -3,8 +3,8 @@
     python -m benchmarks.pictures cube.nc schedule.json --out docs/pictures
 
 A cube gives a heat map at each of `--progress` (by default its first, middle and last point), marked with the
-schedule where one is given too; a schedule gives its strip; a report (`.html`) the top of its page. Drawing
-needs a headless Chromium or Chrome on PATH.
+schedule where one is given too; a schedule gives its strip, or with `--together NAME` all schedules one figure of
+that name; a report (`.html`) the top of its page. Drawing needs a headless Chromium or Chrome on PATH.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from schedulers.errors import GradscopeError, UsageError
+
+if TYPE_CHECKING:
+    from schedulers.schedule import Schedule
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 900
@@ -76,23 +79,35 @@ def screenshot(browser: str, page: Path, picture: Path, *, width: int, height: i
 
 
 def draw_figure(browser: str, figure: Any, picture: Path, *, width: int = WIDTH) -> None:
-    """A plotly figure as a PNG of `width` pixels and the figure's own height."""
+    """A plotly figure as a PNG of `width` pixels and the figure's own height.
+
+    The page's width is set in the page, because a headless browser's window is never narrower than 500 pixels.
+    """
     body = figure.to_html(
         full_html=False, include_plotlyjs=True, auto_play=False, config={"displayModeBar": False, "responsive": True}
     )
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
         page.write_text(
-            f'<!doctype html><meta charset="utf-8"><body style="margin:0 12px">{body}</body>', encoding="utf-8"
+            f'<!doctype html><meta charset="utf-8"><body style="margin:0 12px;width:{width - 24}px">{body}</body>',
+            encoding="utf-8",
         )
         screenshot(browser, page, picture, width=width, height=int(figure.layout.height))
 
 
 def figures(
-    paths: Sequence[Path], *, variables: Sequence[str], metric: str | None, progress: Sequence[float] | None
+    paths: Sequence[Path],
+    *,
+    variables: Sequence[str],
+    metric: str | None,
+    progress: Sequence[float] | None,
+    together: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """File name (without its ending) and figure for every cube and schedule among `paths`."""
-    from gradscope.plots import plot_bias_variance, plot_heatmap, plot_schedule
+    """File name (without its ending) and figure for every cube and schedule among `paths`.
+
+    With `together` the schedules are one figure of that name, in the order given, each called by its file.
+    """
+    from gradscope.plots import plot_bias_variance, plot_heatmap, plot_schedule, plot_schedules
     from schedulers.schedule import load_schedule
 
     schedules = {path: load_schedule(path) for path in paths if path.suffix == ".json"}
@@ -113,8 +128,17 @@ def figures(
             f"{path.stem}-bias-variance",
             plot_bias_variance(cube, metric=metric, progress=measured[len(measured) // 2]),
         )
+    if together is not None:
+        yield together, plot_schedules(_named(schedules))
+        return
     for path, found in schedules.items():
         yield path.stem, plot_schedule(found)
+
+
+def _named(schedules: Mapping[Path, Schedule]) -> dict[str, Schedule]:
+    """The schedules by the name of their file, with its folder where two files have one name."""
+    stems = [path.stem for path in schedules]
+    return {path.stem if stems.count(path.stem) == 1 else str(path): found for path, found in schedules.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,14 +153,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--progress", nargs="+", type=float, help="slider positions; the nearest measured ones are taken"
     )
+    parser.add_argument("--together", metavar="NAME", help="draw all schedules in one figure, NAME.png")
     parser.add_argument("--width", type=int, default=WIDTH, help="pixels (default %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        _check(options.paths)
+        _check(options.paths, options.together)
         browser = find_browser()
         options.out.mkdir(parents=True, exist_ok=True)
         made: list[Path] = []
-        drawn = figures(options.paths, variables=options.variable, metric=options.metric, progress=options.progress)
+        drawn = figures(
+            options.paths,
+            variables=options.variable,
+            metric=options.metric,
+            progress=options.progress,
+            together=options.together,
+        )
         for name, figure in drawn:
             made.append(options.out / f"{name}.png")
             draw_figure(browser, figure, made[-1], width=options.width)
@@ -151,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(paths: Sequence[Path]) -> None:
+def _check(paths: Sequence[Path], together: str | None) -> None:
+    if together is not None and not any(path.suffix == ".json" for path in paths):
+        raise UsageError(f"--together {together}: there is no schedule (.json) among the files")
     for path in paths:
         if path.suffix not in (".nc", ".json", ".html"):
             raise UsageError(f"{path}: give a cube (.nc), a schedule (.json) or a report (.html)")

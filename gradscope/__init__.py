@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from gradscope.profile_options import ProfileOptions
     from gradscope.profiler import profile
     from gradscope.task import Checkpoint, Task
-    from schedulers import Constraints, Grid, Schedule, Strategy, load_schedule, optimize
+    from schedulers import Constraints, Decay, Grid, Schedule, Strategy, load_schedule, optimize
 
 _HOMES = {
     "Checkpoint": "gradscope.task",
     "Constraints": "schedulers",
+    "Decay": "schedulers",
     "Grid": "schedulers",
     "ProfileOptions": "gradscope.profile_options",
     "Schedule": "schedulers",
@@ -36,6 +37,7 @@ _HOMES = {
 __all__ = [
     "Checkpoint",
     "Constraints",
+    "Decay",
     "Grid",
     "ProfileOptions",
     "Schedule",

@@ -2,7 +2,8 @@
 
 Root dataset: dims ("progress", *axes, "metric"); estimates and one standard error each (`<name>_se`), NaN
 where not measured; `status` per cell; `moment_cov`, the jackknife covariance of the moments, from which the
-standard error of any criterion follows. Child group `/param_groups`: the estimates per parameter group.
+standard error of any criterion follows; `influence`, from which covariances between cells follow too. Child
+group `/param_groups`: the estimates per parameter group.
 
 A file is always written whole to a temporary sibling and renamed. Existence never means complete: a cell
 counts as done when its `status` says so and its `cell_key` matches what would be measured.
@@ -11,7 +12,6 @@ counts as done when its `status` says so and its `cell_key` matches what would b
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from gradscope.cube_costs import MEASURED, add_measured, measured_of
 from gradscope.errors import CubeError, UsageError
 from gradscope.estimators import ESTIMATES, Estimates
 from gradscope.files import write_atomically
+from gradscope.influence import influence_of
+from gradscope.pilot import pilot_of, training_of
 from gradscope.races import RaceBook
 from schedulers import CRITERIA, MOMENTS, Grid, Moments, Strategy, criterion_se, readable
 from schedulers.profile import Profile
@@ -30,6 +33,7 @@ from schedulers.profile import Profile
 SCHEMA_VERSION = 1
 ENGINE: Literal["h5netcdf"] = "h5netcdf"
 PENDING, DONE, FAILED = 0, 1, 2
+COMPRESSED = {"zlib": True, "complevel": 1}  # for the one large variable; mostly 0 where strategies left races early
 COST_MODELS = ("tokens", "paper", "measured")
 QUANTITIES = {
     "bias_sq": "squared bias against the reference gradient, unbiased estimate",
@@ -56,12 +60,13 @@ def new_cube(
     costs: Mapping[str, Mapping[Strategy, float]],
     tokens: Mapping[str, Mapping[Strategy, int]],
     attributes: Mapping[str, str | int | float],
+    replicates: int,
 ) -> xr.Dataset:
     """An empty root dataset: every cell pending, every estimate NaN.
 
     `progress`, `steps`, file `names` and `digests` describe the checkpoints, one each. `costs` maps a cost
     model to units per sample of each strategy, `tokens` a sequence's name to lengths; `attributes` must hold
-    `batch_size` (K) and `beta` (units of one update).
+    `batch_size` (K) and `beta` (units of one update). `replicates`: how many `influence` has room for.
     """
     axes = list(grid.axes)
     _check_axes(grid)
@@ -108,6 +113,7 @@ def new_cube(
         np.full(moment_shape, np.nan),
         {"long_name": "jackknife covariance of the moments"},
     )
+    set_replicates(cube, replicates)
     cube["status"] = (
         cell,
         np.zeros(shape, np.int8),
@@ -141,7 +147,24 @@ def new_cube(
             values,
             {"long_name": f"{name} sequence length, class token included", "units": "1"},
         )
+    add_measured(cube, axes)
     return cube
+
+
+def set_replicates(cube: xr.Dataset, replicates: int) -> None:
+    """Make room for that many replicates in a cube without cells: `influence`, 0 everywhere."""
+    if "influence" in cube:
+        del cube["influence"]
+    dims = tuple(str(dim) for dim in cube["moment_cov"].dims[:-1])
+    cube["influence"] = (
+        (*dims, "replicate"),
+        np.zeros((*(cube.sizes[dim] for dim in dims), replicates), np.float32),
+        {
+            "long_name": "influence of the sub-batches on the moments, number m in replicate m modulo their number",
+            "comment": "0 where not measured; summed over replicates, products give the covariance within and "
+            "between the cells of one checkpoint",
+        },
+    )
 
 
 def new_groups(cube: xr.Dataset, group_names: Sequence[str]) -> xr.Dataset:
@@ -172,6 +195,7 @@ def put_cell(cube: xr.Dataset, groups: xr.Dataset, index: tuple[int, ...], found
     order = [ESTIMATES.index(name) for name in MOMENTS]
     covariance = found.covariance_WEE[:, order][:, :, order]
     cube["moment_cov"].values[index] = covariance
+    cube["influence"].values[index] = influence_of(found.deleted_MWE[:, :, order], cube.sizes["replicate"])
     moments = readable(Moments(**{name: values[:, ESTIMATES.index(name)] for name in MOMENTS}), covariance)
     costs = cube["cost"].sel(cost_model="tokens").values
     cost = costs[index[1:]]
@@ -196,9 +220,10 @@ def save_cube(cube: xr.Dataset, groups: xr.Dataset | None, path: Path) -> None:
     tree = xr.DataTree.from_dict(
         {"/": cube.drop_encoding(), **({"/param_groups": groups.drop_encoding()} if groups is not None else {})}
     )
+    encoding = {"/": {"influence": COMPRESSED}} if "influence" in cube else None
 
     def write(temporary: Path) -> None:
-        tree.to_netcdf(temporary, engine=ENGINE, write_inherited_coords=True)
+        tree.to_netcdf(temporary, engine=ENGINE, write_inherited_coords=True, encoding=encoding)
 
     write_atomically(path, write)
 
@@ -274,7 +299,7 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
 
     norm_sq_ref is taken from the reference's own cell at every progress point where that is done, so that all
     strategies share one denominator also when their cells hold different numbers of samples. Raises UsageError
-    when the cube has no such metric or costs.
+    when the cube has no such metric or costs, CubeError when its `training_json` is damaged.
     """
     metrics = [str(name) for name in cube["metric"].values]
     if metric not in metrics:
@@ -291,7 +316,7 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
     shared = np.where(done[:, reference, None], flat["norm_sq_ref"][:, reference, None], flat["norm_sq_ref"])
     flat["norm_sq_ref"] = shared
     batch_size = int(cube.attrs["batch_size"])
-    training = json.loads(cube.attrs.get("training_json", "{}"))
+    training = training_of(cube)
     return Profile(
         grid=grid,
         progress=here["progress"].values,
@@ -305,22 +330,49 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         digest=digest_of(cube),
         reference_budget=training.get("budget"),
         contenders=contenders_of(cube, metric),
+        seconds=measured_of(cube, "seconds"),
+        memory=measured_of(cube, "memory"),
+        influence=_influence(here, done, reference),
+        pilot=pilot_of(training),
     )
 
 
+def _influence(here: xr.Dataset, done: NDArray[np.bool_], reference: int) -> NDArray[np.float64] | None:
+    """Profile.influence (T, C, 5, R); None when the cube has none, or lacks that of a cell with a covariance.
+
+    Such a cell was taken over from a file that had no influence yet; with zeros it would count as exactly known.
+    """
+    if "influence" not in here:
+        return None
+    values = here["influence"].values.reshape(*done.shape, len(MOMENTS), -1)
+    spread = np.nan_to_num(here["moment_cov"].values.reshape(*done.shape, -1)).any(-1)
+    if bool((done & spread & ~values.any((-2, -1))).any()):
+        return None
+    norm, values = MOMENTS.index("norm_sq_ref"), np.where(done[..., None, None], values, 0).astype(np.float64)
+    values[:, :, norm] = np.where(done[:, reference, None, None], values[:, reference, None, norm], values[:, :, norm])
+    return values
+
+
 def contenders_of(cube: xr.Dataset, metric: str) -> dict[str, NDArray[np.bool_]]:
-    """Per criterion by which strategies raced in a metric, who was left: (T, C), all at points without a race."""
+    """Per criterion by which strategies raced in a metric, who was left: (T, C), all at points without a race.
+
+    A strategy that left, but has since been measured with as many samples as any that was left, counts again.
+    """
     book = RaceBook.read(cube.attrs.get("races_json", "{}"))
     if not book.entries:
         return {}
     metric_index = [str(name) for name in cube["metric"].values].index(metric)
-    strategies = grid_of(cube).strategies()
+    grid = grid_of(cube)
+    strategies, counts = grid.strategies(), cube["n_samples"].where(cube["status"] == DONE, 0)
+    samples = counts.transpose("progress", *grid.axes).values.reshape(-1, len(strategies))
     rows = [f"{d[:16]}:{s}" for d, s in zip(cube["checkpoint_sha256"].values, cube["step"].values, strict=True)]
     found = {}
     for criterion in CRITERIA:
         left = [book.contenders(row, criterion, metric_index) for row in rows]
         if any(texts is not None for texts in left):
-            found[criterion] = np.array([[t is None or str(s) in t for s in strategies] for t in left])
+            stays = np.array([[t is None or str(s) in t for s in strategies] for t in left])
+            most = np.where(stays, samples, 0).max(axis=1, keepdims=True)
+            found[criterion] = stays | ((most > 0) & (samples >= most))
     return found
 
 
@@ -340,16 +392,18 @@ def digest_of(cube: xr.Dataset) -> str:
 
 def _check_axes(grid: Grid) -> None:
     estimates = [*QUANTITIES, "norm_sq_ref", *map(variable_name, CRITERIA)]
-    taken = {"progress", "metric", "moment", "moment_2", "cost_model", "param_group", "step", "checkpoint"}
+    taken = {"progress", "metric", "moment", "moment_2", "replicate", "cost_model", "param_group", "step", "checkpoint"}
     taken |= {
         "checkpoint_sha256",
         "moment_cov",
+        "influence",
         "status",
         "n_samples",
         "cell_key",
         "cost",
         "tokens_query",
         "tokens_key",
+        *MEASURED,
     }
     for axis, values in grid.axes.items():
         if axis in taken or axis.removesuffix("_se") in estimates:

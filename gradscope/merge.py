@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
 
 from gradscope.cube import COST_MODELS, DONE, PENDING, failed_names, grid_of, groups_of, new_cube, new_groups
+from gradscope.cube_costs import keep_costs
 from gradscope.errors import CubeError
+from gradscope.influence import common_replicates, folded
 from gradscope.races import RaceBook
 from schedulers import Grid, Strategy
 
@@ -19,7 +22,8 @@ def copy_cells(source: xr.DataTree, cube: xr.Dataset, groups: xr.Dataset | None)
 
     A row's place is that of the checkpoint with the same digest and step (its progress may have changed, when the run
     went on), a cell's that of the same values on every axis. What `cube` already holds is only replaced by a
-    measurement of more samples. Raises CubeError when `source` holds a cell for which `cube` has no place.
+    measurement of more samples. Replicates of `influence` are added up where `cube` has room for fewer, and 0 where
+    `source` has none. Raises CubeError when `source` holds a cell for which `cube` has no place.
     """
     old, grid = source.dataset, grid_of(cube)
     old_grid, child = grid_of(old), groups_of(source)
@@ -58,8 +62,9 @@ def _worth(cube: xr.Dataset, at: tuple[int, ...]) -> tuple[bool, int, int]:
 def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | None]:
     """Join cubes of one task measured in parts (other checkpoints, other strategies) into one.
 
-    Where two hold a cell, the one with more samples counts. Raises CubeError when their tasks, seeds, K,
-    metrics, references or parameter groups differ, or when they hold different checkpoints at one progress.
+    Where two hold a cell, the one with more samples counts; of measured costs, the first cube's that has the strategy
+    (those measured elsewhere are left out). Raises CubeError when their tasks, seeds, K, metrics, references or
+    parameter groups differ, or when they hold different checkpoints at one progress.
     """
     cubes = [tree.to_dataset() for tree in trees]
     first = cubes[0]
@@ -114,6 +119,7 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
             **{k: v for k, v in first.attrs.items() if k not in ("schema_version", "reference")},
             **_joined_attributes(cubes),
         },
+        replicates=common_replicates(cubes, 1),
     )
     children = [child for tree in trees if (child := groups_of(tree)) is not None]
     names = [[str(name) for name in child["param_group"].values] for child in children]
@@ -122,6 +128,7 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
     groups = new_groups(merged, names[0]) if names else None
     for tree in trees:
         copy_cells(tree, merged, groups)
+        keep_costs(tree.dataset, merged)
     failed, told = failed_names(merged), json.loads(merged.attrs["failures_json"])
     merged.attrs["failures_json"] = json.dumps({name: why for name, why in told.items() if name in failed})
     return merged, groups
@@ -134,11 +141,35 @@ def _joined_attributes(cubes: Sequence[xr.Dataset]) -> dict[str, str | float]:
         book.join(RaceBook.read(cube.attrs.get("races_json", "{}")))
         failures |= json.loads(cube.attrs.get("failures_json", "{}"))
     units = sum(float(cube.attrs.get("units", 0.0)) for cube in cubes)
-    return {"races_json": book.text(), "failures_json": json.dumps(failures), "units": units}
+    return {
+        "races_json": book.text(),
+        "failures_json": json.dumps(failures),
+        "units": units,
+        "profile_command": _joined_command([str(cube.attrs.get("profile_command", "")) for cube in cubes]),
+    }
+
+
+def _joined_command(commands: Sequence[str]) -> str:
+    """The command that profiles the joined cube: the parts' own without their `--out`, "" where these differ."""
+    found = set[str]()
+    for command in commands:
+        try:
+            words = shlex.split(command)
+        except ValueError:  # edited by hand
+            return ""
+        if "--out" in words:
+            at = words.index("--out")
+            del words[at : at + 2]
+        found.add(shlex.join(words))
+    return found.pop() if len(found) == 1 else ""
 
 
 def _copy(source: xr.Dataset, target: xr.Dataset, at: tuple[int, ...], to: tuple[int, ...], depth: int) -> None:
     for name, variable in target.data_vars.items():
         if name in source and variable.dims[0] == "progress" and variable.ndim >= depth:
             value = source[name].transpose(*variable.dims).values[at]
+            if name == "influence":
+                value = folded(value, target.sizes["replicate"])
             variable.values[to] = str(value) if variable.dtype == object else value
+    if "influence" in target and "influence" not in source:
+        target["influence"].values[to] = 0

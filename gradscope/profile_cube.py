@@ -16,14 +16,28 @@ from pathlib import Path
 import torch
 import xarray as xr
 
-from gradscope.cube import DONE, FAILED, failed_names, groups_of, new_cube, new_groups, profile_of, put_cell, save_cube
+from gradscope.cube import (
+    DONE,
+    FAILED,
+    failed_names,
+    groups_of,
+    new_cube,
+    new_groups,
+    profile_of,
+    put_cell,
+    save_cube,
+    set_replicates,
+)
+from gradscope.cube_costs import keep_costs
 from gradscope.errors import CubeError, TaskError
 from gradscope.estimators import Estimates
+from gradscope.influence import MOST_REPLICATES, common_replicates
 from gradscope.measuring import Conditions
 from gradscope.merge import copy_cells
+from gradscope.pilot import read_stages
 from gradscope.races import Entry, RaceBook
 from gradscope.task import Checkpoint, Task, task_digest
-from schedulers import Criterion, Strategy
+from schedulers import Criterion, ScheduleError, Strategy
 from schedulers.schedule import library_version
 
 SAVE_SECONDS = 5.0
@@ -34,7 +48,8 @@ TERMS = {True: "gradient of the mean loss of a sub-batch of K samples", False: "
 class ProfileCube:
     """Cells by (checkpoint number, strategy), what is remembered of the races, and the file `out`.
 
-    `least`: samples below which a finished cell does not count.
+    `least`: samples below which a finished cell does not count. `most`: sub-batches that a cell can get, which fixes
+    the replicates of `influence`. `command`: the command line that fixes what a cell is, for people to use again.
     """
 
     def __init__(
@@ -46,10 +61,13 @@ class ProfileCube:
         given: Conditions,
         out: Path,
         least: int,
+        most: int,
+        command: str = "",
     ) -> None:
         self.task, self.checkpoints, self.digests, self.given = task, checkpoints, digests, given
         self.out, self.least = out, least
-        self.cube = empty_cube(task, folder, checkpoints, digests, given)
+        self.cube = empty_cube(task, folder, checkpoints, digests, given, min(most, MOST_REPLICATES))
+        self.cube.attrs["profile_command"] = command
         self.groups: xr.Dataset | None = None
         self.book = RaceBook()
         self.units_before, self.failures = 0.0, dict[str, str]()
@@ -113,7 +131,7 @@ class ProfileCube:
         if self.done(t, strategy, found.samples):
             return
         at = self._at(t, strategy)
-        if self.done(t, strategy) and at not in self.written:
+        if self.cube["status"].values[at] == DONE and at not in self.written:
             self.rewritten.add(at)
         self.written.add(at)
         put_cell(self.cube, self.groups, self._at(t, strategy), found, key=self._key(t))
@@ -164,6 +182,10 @@ class ProfileCube:
             )
         for name in ("engine", "term", "created_at"):
             self.cube.attrs[name] = old.attrs.get(name, self.cube.attrs[name])
+        self.cube.attrs["profile_command"] = self.cube.attrs["profile_command"] or old.attrs.get("profile_command", "")
+        replicates = common_replicates([old.to_dataset()], self.cube.sizes["replicate"])
+        if replicates != self.cube.sizes["replicate"]:
+            set_replicates(self.cube, replicates)
         child = groups_of(old)
         if child is not None:
             self.groups = new_groups(self.cube, [str(name) for name in child["param_group"].values])
@@ -171,6 +193,7 @@ class ProfileCube:
             copy_cells(old, self.cube, self.groups)
         except CubeError as error:
             raise CubeError(f"{self.out}: {error}; use --overwrite to start anew, or another --out") from error
+        keep_costs(old.dataset, self.cube)
         self.book = RaceBook.read(old.attrs.get("races_json", "{}"))
         self.failures = {
             name: why
@@ -211,9 +234,17 @@ class ProfileCube:
 
 
 def empty_cube(
-    task: Task, folder: Path, checkpoints: Sequence[Checkpoint], digests: Sequence[str], given: Conditions
+    task: Task,
+    folder: Path,
+    checkpoints: Sequence[Checkpoint],
+    digests: Sequence[str],
+    given: Conditions,
+    replicates: int,
 ) -> xr.Dataset:
-    """Every cell of `task.grid` at every checkpoint, pending; `digests` are those of the checkpoint files."""
+    """Every cell of `task.grid` at every checkpoint, pending; `digests` are those of the checkpoint files.
+
+    Raises TaskError when the task's `training` gives stages that make no schedule.
+    """
     grid = task.grid
     strategies = grid.strategies()
     costs: dict[str, dict[Strategy, float]] = {"tokens": {s: task.cost(s) for s in strategies}}
@@ -224,6 +255,11 @@ def empty_cube(
         for name, length in task.tokens(strategy).items():
             tokens.setdefault(name, {})[strategy] = length
     described = task.describe()
+    try:
+        training = json.dumps(dict(task.training(folder)))
+        read_stages(json.loads(training).get("stages"))
+    except ScheduleError as error:
+        raise TaskError(f"training: {error}; leave out its `stages` where they are not known") from error
     return new_cube(
         grid,
         progress=[checkpoint.progress for checkpoint in checkpoints],
@@ -245,7 +281,7 @@ def empty_cube(
             "history": f"{datetime.now(UTC):%Y-%m-%d} gradscope {' '.join(sys.argv[1:2])}".rstrip(),
             "task_digest": task_digest(task),
             "config_json": json.dumps(described, sort_keys=True),
-            "training_json": json.dumps(dict(task.training(folder))),
+            "training_json": training,
             "failures_json": "{}",
             "batch_size": given.batch_size,
             "beta": given.batch_size * task.cost(grid.reference),
@@ -257,4 +293,5 @@ def empty_cube(
             "torch_version": str(torch.__version__),
             "device_name": "cpu",
         },
+        replicates=replicates,
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gradscope.errors import UsageError
-from schedulers import RaceRule, Strategy, get_criterion
+from schedulers import Grid, RaceRule, Strategy, get_criterion
 
 METRICS = ("euclidean", "optimizer")
 ALLOCATIONS = ("racing", "fixed")
@@ -30,7 +30,8 @@ class ProfileOptions:
     vector of the model's size each. With a fixed allocation `group_size` strategies are measured side by side;
     `order` is the order in which a checkpoint's strategies are taken. `checkpoints`: measure these alone,
     counted from 0 by progress, for jobs whose cubes are merged; what racing wants at the boundaries between
-    checkpoints is then left to a profile of them all.
+    checkpoints is then left to a profile of them all. `only`: measure these strategies alone, each with the same
+    number of samples whatever the `allocation`; other cells, races and boundaries are left as they are.
     """
 
     samples: int | None = None
@@ -49,6 +50,7 @@ class ProfileOptions:
     group_size: int = 16
     order: Callable[[Sequence[Strategy]], Sequence[Strategy]] | None = None
     checkpoints: tuple[int, ...] | None = None
+    only: tuple[Strategy, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -65,7 +67,8 @@ class ProfileOptions:
 
     @property
     def racing(self) -> bool:
-        return self.allocation == "racing"
+        """Whether strategies race; not when some are asked for by name."""
+        return self.allocation == "racing" and self.only is None
 
     @property
     def race_metric(self) -> str:
@@ -94,6 +97,13 @@ class ProfileOptions:
             what = f"there is no checkpoint {wrong[0]}" if wrong else "none is chosen"
             raise UsageError(f"checkpoints={list(self.checkpoints)}: {what}; the {count} there are count from 0")
         return sorted(set(self.checkpoints))
+
+    def check_only(self, grid: Grid) -> None:
+        """Raise UsageError for a strategy of `only` that is not on the grid, or when it names none."""
+        if self.only is not None and not self.only:
+            raise UsageError("only=(): no strategy is chosen; name at least one, or leave it out to measure all")
+        for strategy in self.only or ():
+            grid.check(strategy)
 
     def rule(self, batch_size: int) -> RaceRule:
         """The race's rule; a cap below the minimum lowers the minimum."""

@@ -125,5 +125,7 @@ class Plan:
         )
 
     def _ordered(self) -> list[Strategy]:
-        strategies = list(self.task.grid.strategies())
+        strategies = self.task.grid.strategies()
+        if self.options.only is not None:
+            strategies = [s for s in strategies if s in self.options.only]
         return list(self.options.order(strategies)) if self.options.order else strategies

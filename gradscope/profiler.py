@@ -54,19 +54,21 @@ def profile(
     overwrite: bool = False,
     report: Report | None = None,
     ranks: Ranks = ALONE,
+    command: str = "",
 ) -> tuple[xr.DataTree, ProfileSummary]:
     """Measure every cell of the task's grid at every checkpoint of `folder` into the cube file `out`.
 
     Cells that `out` already holds, measured in the same way, are kept; `overwrite` starts anew. A cell whose
     loss fails or is not finite is marked failed and the profile goes on. With several `ranks` each works on its
-    own sub-batches; only the first one reads and writes `out`, and only its cube is complete. Raises
+    own sub-batches; only the first one reads and writes `out`, and only its cube is complete. `command`: the command
+    line to remember in the cube (attribute `profile_command`), "" keeps what `out` remembers. Raises
     CheckpointError, TaskError, CubeError when `out` is another profile's, UsageError for options out of range,
     Interrupted on a signal, RankError when another rank is gone.
     """
     options = options or ProfileOptions()
     checkpoints = task.checkpoints(folder)
     nothing: Report = lambda fraction, text: None  # noqa: E731
-    return _Profile(task, folder, checkpoints, out, options, overwrite, report or nothing, ranks).run()
+    return _Profile(task, folder, checkpoints, out, options, overwrite, report or nothing, ranks, command).run()
 
 
 def expected_work(
@@ -94,6 +96,7 @@ class _Profile:
         overwrite: bool,
         report: Report,
         ranks: Ranks,
+        command: str = "",
     ) -> None:
         self.task, self.checkpoints, self.out, self.options, self.report = task, checkpoints, out, options, report
         self.ranks = ranks
@@ -104,10 +107,13 @@ class _Profile:
         )
         check_progress(checkpoints)
         self.chosen = options.chosen(len(checkpoints))
+        options.check_only(task.grid)
         self.summary = ProfileSummary()
         digests = [file_digest(checkpoint.path) for checkpoint in checkpoints]
         least = self.rule.minimum * self.batch_size
-        self.cells = ProfileCube(task, folder, checkpoints, digests, self.conditions, out, least)
+        self.cells = ProfileCube(
+            task, folder, checkpoints, digests, self.conditions, out, least, self.rule.maximum, command
+        )
         self.plan = Plan(task, options, self.rule, self.batch_size, self.cells)
         self.checked, self.shown, self.engine_source = False, 0.0, ""
         if ranks.first:

@@ -90,7 +90,7 @@ def schedule_table(schedule: Schedule, view: CubeView | None) -> str:
             _span(stage, budget),
             _mixture(stage),
             number(stage.cost),
-            *([format_count(schedule.samples(stage))] if budget else []),
+            *([format_count(schedule.stage_samples(stage))] if budget else []),
             _score(stage),
         ]
         for stage in schedule.stages

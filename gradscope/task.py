@@ -127,7 +127,11 @@ class Task(ABC):
         return {"task": f"{type(self).__module__}:{type(self).__qualname__}", "source": _short_digest(source)}
 
     def training(self, folder: Path) -> Mapping[str, Any]:
-        """How the checkpoints were trained: `schedule` (text), `strategies` (texts), `budget` (units), where known."""
+        """How the checkpoints were trained: `schedule` (text), `strategies` (texts), `budget` (units), where known.
+
+        `stages`, optional, are those of the schedule: [{"start", "end", "cost", "mixture"}, ...] as in a schedule's
+        file, with `mixture` as [[{axis: value}, weight], ...]; from them the optimizer knows how the run spent.
+        """
         return {}
 
 

@@ -15,6 +15,7 @@ from gradscope.config import Setting, config_of, open_setting
 from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, UsageError
 from gradscope.methods import MoCoV3
+from gradscope.pilot import stages_json
 from gradscope.task import Checkpoint, Task
 from schedulers import Grid, Schedule, Strategy, paper_cost, token_cost, token_counts
 
@@ -150,6 +151,7 @@ class PretrainTask(Task):
             "schedule": "; ".join(stages),
             "strategies": [str(strategy) for strategy in schedule.strategies],
             "budget": self.setting.config.budget,
+            "stages": stages_json(schedule),
         }
 
 

@@ -4,6 +4,8 @@ Strategies and grids, costs, criteria, the dynamic program that turns a profile 
 schedules as values and as JSON, learning-rate decay over the budget.
 """
 
+from schedulers.comparison import Comparison, Segment, compare_schedules
+from schedulers.constraints import Constraints
 from schedulers.costs import (
     METHOD_FORMULAS,
     CostFormula,
@@ -18,7 +20,7 @@ from schedulers.counts import format_count, parse_count
 from schedulers.criteria import CRITERIA, MOMENTS, Criterion, Moments, criterion_se, get_criterion, readable
 from schedulers.decay import DECAY_KINDS, Decay
 from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, UsageError
-from schedulers.optimizer import Constraints, optimize, undecided_share
+from schedulers.optimizer import optimize, predict, reference_progress, smallest_budget, undecided_share
 from schedulers.profile import Profile
 from schedulers.program import solve
 from schedulers.racing import RaceRule, boundary_cells, contenders
@@ -40,6 +42,7 @@ __all__ = [
     "METHOD_FORMULAS",
     "MOMENTS",
     "AxisValue",
+    "Comparison",
     "Constraints",
     "CostFormula",
     "Criterion",
@@ -52,11 +55,13 @@ __all__ = [
     "RaceRule",
     "Schedule",
     "ScheduleError",
+    "Segment",
     "Stage",
     "Strategy",
     "TokenCounts",
     "UsageError",
     "boundary_cells",
+    "compare_schedules",
     "constant_schedule",
     "contenders",
     "criterion_se",
@@ -71,9 +76,12 @@ __all__ = [
     "parse_count",
     "parse_schedule",
     "patch_tokens",
+    "predict",
     "readable",
+    "reference_progress",
     "save_schedule",
     "sequence_cost",
+    "smallest_budget",
     "solve",
     "token_cost",
     "token_counts",

@@ -18,7 +18,12 @@ class Decay:
     constant 1. The paper's "polynomial (alpha = 2)" (Sec. 6.1, Fig. 6) keeps the rate high late in
     training, which 1 − t² does (0.44 at t = .75 against cosine's 0.15) and (1 − t)² does not (0.06).
 
-    `warmup` is a fraction of the budget in [0, 1); `alpha` > 0 matters to polynomial alone.
+    `warmup` is a fraction of the budget in [0, 1); `alpha` > 0 matters to polynomial alone. It has no
+    state: a loop sets base_lr · factor(spent / budget) before each step.
+
+    >>> decay = Decay("cosine", warmup=0.1)
+    >>> [round(0.3 * decay.factor(spent / 1000), 3) for spent in (0, 50, 100, 550, 1000)]
+    [0.0, 0.15, 0.3, 0.15, 0.0]
     """
 
     kind: str = "polynomial"

@@ -54,16 +54,10 @@ class Fields:
         return self._values[name]
 
     def number(self, name: str) -> float:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ScheduleError(f"{self.path(name)}: expected a number, found {describe(value)}")
-        try:
-            number = float(value)
-        except OverflowError:  # a whole number of more than 308 digits
-            number = math.inf
-        if not math.isfinite(number):
-            raise ScheduleError(f"{self.path(name)}: expected a finite number, found {describe(value)}")
-        return number
+        return _number(self.get(name), self.path(name))
+
+    def numbers(self, name: str) -> list[float]:
+        return [_number(value, f"{self.path(name)}[{i}]") for i, value in enumerate(self.items(name))]
 
     def whole(self, name: str) -> int:
         value = self.get(name)
@@ -105,6 +99,18 @@ def describe(value: Any) -> str:
     """A short text of a JSON value for an error message."""
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _number(value: Any, path: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ScheduleError(f"{path}: expected a number, found {describe(value)}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ScheduleError(f"{path}: expected a finite number, found {describe(value)}")
+    return number
 
 
 def _refuse_constant(name: str) -> Any:

@@ -1,75 +1,39 @@
-"""From a profile, a budget and constraints to the best schedule (design §6, progress = "fraction")."""
+"""From a profile, a budget and constraints to the best schedule; from a target to the smallest budget (design §6)."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from schedulers.counts import exact, format_count
-from schedulers.criteria import Criterion, FloatArray, get_criterion
+from schedulers.constraints import UNCONSTRAINED, Constraints, allowed_strategies
+from schedulers.counts import format_count
+from schedulers.criteria import Criterion
 from schedulers.errors import InfeasibleError, UsageError
+from schedulers.mixing import shared_mean
+from schedulers.problem import Problem
 from schedulers.profile import Profile
-from schedulers.program import solve
-from schedulers.schedule import Schedule, Stage
-from schedulers.strategy import Grid, Strategy
+from schedulers.program import FloatArray, IntArray
+from schedulers.program_within import least_seconds_path, path_seconds
+from schedulers.relaxation import infeasible
+from schedulers.schedule import Schedule
+from schedulers.stage import Stage
+from schedulers.trajectory import speeds
+from schedulers.uncertainty import StageDoubt, cells_worth_samples, schedule_regret, stage_doubts, with_doubts
+
+MODES = ("fraction", "trajectory")
+SLICES = 100
+TARGET_PRECISION = 1e-4  # relative, of the smallest budget that reaches a target
+REGRET_DRAWS = 40  # of the bootstrap, each of which is optimized anew
+FARTHEST = 1e6  # times the profiled run's budget: a target that is not reached by then is not reached
 
 
-@dataclass(frozen=True)
-class Constraints:
-    """What a schedule must keep; the defaults constrain nothing.
-
-    allowed: the strategies to choose from (None: all). monotone: names of axes along which strategies
-    only move towards the reference's position, and "cost" for a cost per sample that never falls.
-    max_switches: changes of strategy. min_dwell: shortest stage, the last one included, as a fraction
-    of the budget. final_reference: last fraction of the budget that must run the reference.
-    Raises UsageError for values out of range.
-    """
-
-    allowed: tuple[Strategy, ...] | None = None
-    monotone: tuple[str, ...] = ()
-    max_switches: int | None = None
-    min_dwell: float = 0.0
-    final_reference: float = 0.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.monotone, str):
-            raise UsageError(f"monotone={self.monotone!r} must be a tuple of names, as in ({self.monotone!r},)")
-        if self.allowed is not None:
-            object.__setattr__(self, "allowed", tuple(self.allowed))
-            if not self.allowed:
-                raise UsageError("allowed is empty; name at least one strategy, or leave it out to allow all")
-        object.__setattr__(self, "monotone", tuple(self.monotone))
-        if self.max_switches is not None and self.max_switches < 0:
-            raise UsageError(f"max_switches={self.max_switches} must be at least 0")
-        for name in ("min_dwell", "final_reference"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise UsageError(f"{name}={value} is not a fraction of the budget in [0, 1]")
-
-    def active(self) -> tuple[str, ...]:
-        """What is constrained, each by the text in which an error message asks to relax it."""
-        names = [f"monotone={name}" for name in self.monotone]
-        given = {
-            "allowed": self.allowed is not None,
-            "max_switches": self.max_switches is not None,
-            "min_dwell": self.min_dwell > 0,
-            "final_reference": self.final_reference > 0,
-        }
-        return (*names, *(name for name, here in given.items() if here))
-
-    def without(self, names: tuple[str, ...]) -> Constraints:
-        """These constraints less those named as `active` names them."""
-        free: dict[str, Any] = {"allowed": None, "max_switches": None, "min_dwell": 0.0, "final_reference": 0.0}
-        monotone = tuple(name for name in self.monotone if f"monotone={name}" not in names)
-        return replace(self, monotone=monotone, **{name: free[name] for name in names if name in free})
-
-
-UNCONSTRAINED = Constraints()
+def default_mode(profile: Profile) -> str:
+    """`trajectory` where the profile knows the budget of the profiled run, else `fraction`."""
+    return "fraction" if profile.reference_budget is None else "trajectory"
 
 
 def optimize(
@@ -78,210 +42,297 @@ def optimize(
     *,
     criterion: str | Criterion = "descent",
     constraints: Constraints = UNCONSTRAINED,
-    slices: int = 100,
+    slices: int = SLICES,
     exploration: float = 0.0,
+    progress: str | None = None,
+    draws: int = 0,
+    seed: int = 0,
 ) -> Schedule:
-    """The schedule whose mean criterion over `slices` equal parts of the budget is best.
+    """The best schedule for `budget` units, in `slices` equal parts of it.
 
-    Slice k is at progress k / slices. The optimum is exact (`program.solve`); among equal ones it is
-    the one that starts with the first strategy in grid order, then stays rather than switches, then
-    takes the first in grid order. A strategy cannot run in a slice where its score or cost is NaN.
+    `progress="fraction"` (the paper's): slice k stands at progress k / slices whatever runs, and the mean criterion is
+    best. `progress="trajectory"`: training moves through the profile at the speed that the strategies earn
+    (`trajectory.Speeds`), and the progress reached at the end is largest; the schedule then depends on the budget.
+    Default: `default_mode`. Both are exact (`program.best_path`): progress is carried as it is, not in bins.
+    With `max_seconds` the fraction mode is exact too (`program_sum_within`); the trajectory keeps the limit exactly and
+    finds the best schedule up to what `program_within` forgets: `predicted["exact"]` says whether anything was.
 
-    Neighbouring slices of one strategy become a stage, with the mean score of its slices and the
-    mean of their standard errors, since slices between the same checkpoints err together. With
-    `exploration` e > 0 a stage runs its strategy with probability 1 − e and otherwise any of the
-    allowed ones that was measured, itself included, with equal probability; the slices of
-    `final_reference` stay pure. The constraints bind the main strategy; the score is the main one's.
+    Neighbouring slices of one strategy become a stage, with the mean score of its slices and the mean of their
+    standard errors, since slices between the same checkpoints err together. With `exploration` e > 0 a stage runs its
+    strategy with probability 1 − e and otherwise any of the allowed ones that was measured at every profiled point,
+    itself included, with equal probability; the slices of `final_reference` stay pure. Costs, seconds, scores and
+    speeds are those of the mixture, by shares of the budget; the other constraints bind the main strategy. A strategy
+    cannot run in a slice where its score (by fraction) or cost is NaN; by trajectory it makes no progress between
+    profiled points at which it is not known. Among equal schedules one that switches less is taken.
 
-    `budget` is in units. Raises InfeasibleError when it does not pay for one step (with the smallest
-    budget that does) or when no schedule keeps the constraints (with those to relax), UsageError for
-    arguments out of range and for a profile that says nothing at some progress.
+    With `draws` > 0 (`uncertainty.DRAWS` are plenty) a parametric bootstrap over the profile tells of every stage how
+    probable it is that its strategy is the best of the allowed ones there, how much is lost where it is not and to
+    which rival; `predicted["regret"]`, what of the objective is lost on average to the schedule that perfect
+    measurements would give; and `predicted["more_samples"]`, the cells worth more samples and how many times more.
+
+    Raises InfeasibleError when the budget does not pay for one step (with the smallest budget that does) or
+    when no schedule keeps the constraints (with the smallest changes that help), UsageError for arguments out of range
+    and for a profile that says nothing at some progress.
     """
-    chosen = get_criterion(criterion)
     if not (math.isfinite(budget) and budget > 0):
         raise UsageError(f"budget={budget} must be a positive number of units")
-    if slices < 1:
-        raise UsageError(f"slices={slices} must be at least 1")
-    if not 0 <= exploration <= 1:
-        raise UsageError(f"exploration={exploration} is not a probability in [0, 1]")
-    constraints = _on_grid(constraints, profile.grid)
-    score, score_se = profile.scores(chosen, np.arange(slices) / slices)
-    score = np.where(np.isfinite(profile.cost), score, np.nan)
-    _check_measured(profile, chosen, score)
-    _check_budget(profile, budget, constraints, score)
+    problem = Problem.of(profile, criterion, constraints, slices, exploration, _mode(profile, progress))
+    smallest = _one_step(problem)
+    if budget < smallest[0]:
+        raise InfeasibleError(
+            f"budget {format_count(budget)} ({budget:,.6g} units) does not pay for one step of {smallest[1]}: "
+            f"the smallest feasible budget is {smallest[0]:,.6g} units "
+            f"(batch size {profile.batch_size} x {smallest[0] / profile.batch_size:.4g} units per sample)",
+            smallest=smallest[0],
+        )
+    return _schedule(problem, budget, draws, seed)
+
+
+def smallest_budget(
+    profile: Profile,
+    target: float,
+    *,
+    criterion: str | Criterion = "descent",
+    constraints: Constraints = UNCONSTRAINED,
+    slices: int = SLICES,
+    exploration: float = 0.0,
+    draws: int = 0,
+    seed: int = 0,
+) -> Schedule:
+    """The schedule of the smallest budget that reaches progress `target` (1 is the end of the profiled run).
+
+    The inverse of `optimize` by trajectory. More budget never predicts less progress, since all constraints but
+    `max_seconds` are fractions of the budget; so the budget is found by bisection, to a relative 1e-4 from
+    above: the schedule reaches the target. With `max_seconds` a larger budget may take too long, so what reaches the
+    target is not an interval: the search goes up in steps of 1 % from the smallest budget without that limit, up
+    to the largest that fits, and then bisects the step; a window narrower than a step can be missed.
+
+    Raises InfeasibleError when no budget reaches the target, and what `optimize` raises.
+    """
+    if not (math.isfinite(target) and target > 0):
+        raise UsageError(f"target={target} must be a progress above 0; 1 is the end of the profiled run")
+    problem = Problem.of(profile, criterion, constraints, slices, exploration, "trajectory")
+    free = replace(problem, constraints=constraints.without(("max_seconds",)))
+    pilot_budget = float(profile.reference_budget or math.nan)
+    low = _one_step(problem)[0]
+    if _reached(free, low) == -math.inf:
+        raise infeasible(free, low)
+    if _reached(problem, low) >= target:
+        return _schedule(problem, low, draws, seed)
+    high = max(pilot_budget, 2 * low)
+    while _reached(free, high) < target:
+        low, high = high, 2 * high
+        if high > FARTHEST * pilot_budget:
+            stop = _reached(free, high)
+            raise InfeasibleError(
+                f"no budget reaches progress {target:g}: the allowed strategies stop making progress at {stop:.3g} "
+                f"({problem.criterion.name}, {profile.metric} metric); allow more strategies, or aim lower"
+            )
+    while high > low * (1 + TARGET_PRECISION):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if _reached(free, middle) >= target else (middle, high)
+    budget = high if constraints.max_seconds is None else _within_time(problem, target, high)
+    return _schedule(problem, budget, draws, seed)
+
+
+def reference_progress(
+    profile: Profile, budget: float, *, criterion: str | Criterion = "descent", start: float = 0.0
+) -> float:
+    """Progress that the reference alone is predicted to reach with `budget` units, from `start`."""
+    motion = speeds(profile, criterion)
+    return float(motion.advance(np.array([start]), budget, np.array([profile.reference_index]))[0])
+
+
+def predict(
+    profile: Profile, schedule: Schedule, budget: float, *, criterion: str | Criterion = "descent"
+) -> list[float]:
+    """Predicted progress at the start of every stage and at the end, for any schedule on the profile's grid.
+
+    Mixtures move at the mean speed of what they draw, by shares of the budget. Raises UsageError for a strategy
+    off the grid, and what `speeds` raises.
+    """
+    motion, positions = speeds(profile, criterion), [0.0]
+    for stage in schedule.stages:
+        share = np.zeros(len(profile.grid))
+        for strategy, weight in stage.mixture:
+            c = int(np.ravel_multi_index(profile.grid.position(strategy), profile.grid.shape))
+            share[c] += weight * profile.cost[c] if weight else 0.0
+        mixed = replace(motion, speed=shared_mean(share / share.sum(), motion.speed)[:, None])
+        units = (stage.end - stage.start) * budget
+        positions.append(float(mixed.advance(np.array(positions[-1:]), units, np.array([0]))[0]))
+    return positions
+
+
+def undecided_share(profile: Profile, schedule: Schedule, criterion: str | Criterion, *, slices: int = SLICES) -> float:
+    """Share of the budget whose stages are less than 90 % sure of their strategy; 0 where nothing is known of it."""
+    return math.fsum(
+        stage.end - stage.start
+        for stage in schedule.stages
+        if stage.probability is not None and stage.probability < 0.9
+    )
+
+
+def _mode(profile: Profile, progress: str | None) -> str:
+    if progress is None:
+        return default_mode(profile)
+    if progress not in MODES:
+        raise UsageError(f"progress={progress!r} is not one of {', '.join(MODES)}")
+    return progress
+
+
+def _one_step(problem: Problem) -> tuple[float, str]:
+    """The smallest budget: one step of the dearest strategy of the cheapest mixture that a schedule can begin with.
+
+    A schedule that must end on the reference pays for one of its steps.
+    """
+    profile, names = problem.profile, problem.profile.grid.strategies()
+    if problem.constraints.final_reference:
+        index = profile.reference_index
+        return profile.batch_size * float(profile.cost[index]), str(names[index])
+    usable = np.flatnonzero(problem.rules.usable.any(axis=0))
+    if not usable.size:
+        return 0.0, ""  # infeasible for another reason, which is told then
+    drawn = problem.weights[usable] > 0
+    dearest = np.where(drawn, np.where(np.isfinite(profile.cost), profile.cost, 0.0), 0.0)
+    cheapest = int(dearest.max(axis=1).argmin())
+    return profile.batch_size * float(dearest[cheapest].max()), str(names[int(dearest[cheapest].argmax())])
+
+
+def _reached(problem: Problem, budget: float) -> float:
+    """The progress that the best schedule reaches; -inf when there is none."""
     try:
-        path = _best_path(profile, chosen, constraints, score)
+        return problem.value(problem.solve(budget)[0], budget)
     except InfeasibleError:
-        raise InfeasibleError(_what_to_relax(profile, chosen, constraints, score)) from None
-    allowed = np.flatnonzero(_allowed(profile.grid, constraints) & np.isfinite(score).any(axis=0))
+        return -math.inf
+
+
+def _within_time(problem: Problem, target: float, budget: float) -> float:
+    """A smallest budget from `budget` on that reaches the target within the limit of seconds, tried in steps of 1 %."""
+    limit = float(problem.constraints.max_seconds or math.inf)
+    seconds = problem.seconds(1.0)
+    assert seconds is not None
+    rules = replace(problem.rules, usable=problem.rules.usable & np.isfinite(seconds))
+    fastest = least_seconds_path(rules, np.where(rules.usable, seconds, 0.0))
+    most = limit / path_seconds(np.where(rules.usable, seconds, 0.0), fastest)
+    low = budget
+    while _reached(problem, budget) < target:
+        if budget >= most:
+            raise InfeasibleError(
+                f"no schedule reaches progress {target:g} within max_seconds={limit:,.6g}; relax it or aim lower"
+            )
+        low, budget = budget, min(1.01 * budget, most)
+    while budget > low * (1 + TARGET_PRECISION):
+        middle = math.sqrt(low * budget)
+        low, budget = (low, middle) if _reached(problem, middle) >= target else (middle, budget)
+    return budget
+
+
+def _schedule(problem: Problem, budget: float, draws: int, seed: int) -> Schedule:
+    profile = problem.profile
+    try:
+        path, is_exact = problem.solve(budget)
+    except InfeasibleError:
+        raise infeasible(problem, budget) from None
+    positions = problem.positions(path, budget)
+    stages, predicted = _stages(problem, path, positions), _predicted(problem, path, positions, budget, is_exact)
+    if draws:
+        doubts = _doubts(problem, path, positions, stages, budget, draws, seed)
+        wishes = cells_worth_samples(profile, stages, doubts)
+        strategies = profile.grid.strategies()
+        predicted["more_samples"] = [
+            {
+                "checkpoint": w.t,
+                "progress": float(profile.progress[w.t]),
+                "strategy": dict(strategies[w.c]),
+                "times": w.times,
+            }
+            for w in wishes
+        ]
+        stages = with_doubts(profile, stages, doubts)
+        predicted["regret"] = schedule_regret(problem, path, budget, draws=min(draws, REGRET_DRAWS), seed=seed)
     return Schedule(
-        stages=_stages(profile, path, score, score_se, allowed, exploration, _final_slice(constraints, slices)),
+        stages=stages,
         budget=float(budget),
         batch_size=profile.batch_size,
         cost_model=profile.cost_model,
-        criterion=chosen.name,
+        criterion=problem.criterion.name,
         metric=profile.metric,
-        constraints=_as_json(constraints, slices, exploration),
+        progress_mode=problem.mode,
+        constraints={
+            **problem.constraints.to_json(),
+            "slices": problem.slices,
+            "exploration": problem.exploration,
+        },
+        predicted=predicted,
         cube_digest=profile.digest,
     )
 
 
-def undecided_share(profile: Profile, schedule: Schedule, criterion: str | Criterion, *, slices: int = 100) -> float:
-    """Share of the budget in which another strategy is within two standard errors of the schedule's main one.
-
-    The standard error of a difference is taken as that of independent scores, which overstates it: paired
-    measurements err together. 0 without standard errors.
-    """
-    scores, errors = profile.scores(criterion, np.arange(slices) / slices)
-    grid = profile.grid
-    chosen = [
-        int(np.ravel_multi_index(grid.position(schedule.at(k / slices).strategy), grid.shape)) for k in range(slices)
-    ]
-    rows = np.arange(slices)
-    apart = np.abs(scores - scores[rows, chosen][:, None])
-    near = apart <= 2 * np.hypot(errors, errors[rows, chosen][:, None])
-    near[rows, chosen] = False
-    return float(near.any(axis=1).mean())
-
-
-def _best_path(profile: Profile, criterion: Criterion, constraints: Constraints, score: FloatArray) -> NDArray[np.intp]:
-    slices = len(score)
-    loss = score if criterion.lower_is_better else -score
-    final = _final_slice(constraints, slices)
-    return solve(
-        np.where(_allowed(profile.grid, constraints), loss, np.nan),
-        follows=_follows(profile, constraints),
-        max_switches=constraints.max_switches,
-        min_dwell=max(1, math.ceil(exact(constraints.min_dwell) * slices)),
-        final=(final, profile.reference_index) if final < slices else None,
-    )
-
-
-def _follows(profile: Profile, constraints: Constraints) -> NDArray[np.bool_]:
-    """Whether strategy b may come after a, (C, C), by the monotone constraints alone."""
-    grid = profile.grid
-    may = np.ones((len(grid), len(grid)), dtype=bool)
-    if "cost" in constraints.monotone:
-        may &= profile.cost[None, :] >= profile.cost[:, None]
-    positions = np.array([grid.position(strategy) for strategy in grid.strategies()])
-    distance = np.abs(positions - np.array(grid.position(grid.reference)))
-    for name in constraints.monotone:
-        if name != "cost":
-            d = distance[:, list(grid.axes).index(name)]
-            may &= d[None, :] <= d[:, None]
-    return may
-
-
-def _allowed(grid: Grid, constraints: Constraints) -> NDArray[np.bool_]:
-    if constraints.allowed is None:
-        return np.ones(len(grid), dtype=bool)
-    return np.array([strategy in constraints.allowed for strategy in grid.strategies()])
-
-
-def _final_slice(constraints: Constraints, slices: int) -> int:
-    """First slice that must run the reference; `slices` when none must."""
-    return math.ceil(slices * (1 - exact(constraints.final_reference)))
-
-
-def _on_grid(constraints: Constraints, grid: Grid) -> Constraints:
-    for name in constraints.monotone:
-        if name != "cost" and name not in grid.axes:
-            raise UsageError(f"monotone={name!r} is neither cost nor one of the axes {', '.join(grid.axes)}")
-    if constraints.allowed is None:
-        return constraints
-    return replace(constraints, allowed=tuple(grid.check(strategy) for strategy in constraints.allowed))
-
-
-def _check_measured(profile: Profile, criterion: Criterion, score: FloatArray) -> None:
-    empty = np.flatnonzero(~np.isfinite(score).any(axis=1))
-    if empty.size:
-        where = f"{empty[0] / len(score):g}" + (f" and {empty.size - 1} more" if empty.size > 1 else "")
-        raise UsageError(
-            f"the profile gives no {criterion.name} score for any strategy at progress {where} "
-            f"(metric {profile.metric}, costs {profile.cost_model}): cells or costs are missing there, or the "
-            "reference gradient is lost in noise; profile more cells or more samples"
-        )
-
-
-def _check_budget(profile: Profile, budget: float, constraints: Constraints, score: FloatArray) -> None:
-    usable = _allowed(profile.grid, constraints) & np.isfinite(score).any(axis=0)
-    names = profile.grid.strategies()
-    index = profile.reference_index
-    if constraints.final_reference == 0:
-        if not usable.any():
-            return
-        index = int(np.argmin(np.where(usable, profile.cost, np.inf)))
-    smallest = profile.batch_size * float(profile.cost[index])
-    if budget < smallest:
-        raise InfeasibleError(
-            f"budget {format_count(budget)} ({budget:,.6g} units) does not pay for one step of {names[index]}: "
-            f"the smallest feasible budget is {smallest:,.6g} units "
-            f"(batch size {profile.batch_size} x {profile.cost[index]:.4g} units per sample)",
-            smallest=smallest,
-        )
-
-
-def _what_to_relax(profile: Profile, criterion: Criterion, constraints: Constraints, score: FloatArray) -> str:
-    """The message of infeasible constraints: the smallest sets whose removal leaves a feasible schedule."""
-    active = constraints.active()
-    relax = " and ".join(active)  # without any constraint every measured slice has a strategy
-    for size in range(1, len(active)):
-        found = []
-        for names in itertools.combinations(active, size):
-            try:
-                _best_path(profile, criterion, constraints.without(names), score)
-            except InfeasibleError:
-                continue
-            found.append(" and ".join(names))
-        if found:
-            relax = " or ".join(found)
-            break
-    return f"no schedule keeps all the constraints ({', '.join(active)}); relax {relax}"
-
-
-def _stages(
-    profile: Profile,
-    path: NDArray[np.intp],
-    score: FloatArray,
-    score_se: FloatArray,
-    allowed: NDArray[np.intp],
-    exploration: float,
-    final: int,
-) -> tuple[Stage, ...]:
-    slices = len(path)
+def _stages(problem: Problem, path: IntArray, positions: FloatArray) -> tuple[Stage, ...]:
+    profile, slices = problem.profile, problem.slices
     strategies = profile.grid.strategies()
-    explores = (exploration > 0) & (np.arange(slices) < final)
-    cuts = [k for k in range(1, slices) if path[k] != path[k - 1] or explores[k] != explores[k - 1]]
+    score, score_se = problem.scores_along(path, positions)
+    cuts = [k for k in range(1, slices) if path[k] != path[k - 1] or problem.explores(k) != problem.explores(k - 1)]
     stages = []
     for first, end in itertools.pairwise([0, *cuts, slices]):
-        best = int(path[first])
-        weights = np.zeros(len(strategies))
-        weights[best] = 1.0
-        if explores[first]:
-            weights *= 1 - exploration
-            weights[allowed] += exploration / allowed.size
+        weights = problem.mixture(int(path[first]), first)
         kept = np.flatnonzero(weights)
-        mean_se = float(score_se[first:end, best].mean())
+        mean, mean_se = float(score[first:end].mean()), float(score_se[first:end].mean())
         stages.append(
             Stage(
                 start=first / slices,
                 end=end / slices,
                 mixture=tuple((strategies[c], float(weights[c])) for c in kept),
                 cost=float(weights[kept] @ profile.cost[kept]),
-                score=float(score[first:end, best].mean()),
+                score=mean if math.isfinite(mean) else None,
                 score_se=mean_se if math.isfinite(mean_se) else None,
+                progress=(float(positions[first]), float(positions[end])) if problem.mode == "trajectory" else None,
             )
         )
     return tuple(stages)
 
 
-def _as_json(constraints: Constraints, slices: int, exploration: float) -> dict[str, Any]:
-    return {
-        "allowed": None if constraints.allowed is None else [str(strategy) for strategy in constraints.allowed],
-        "monotone": list(constraints.monotone),
-        "max_switches": constraints.max_switches,
-        "min_dwell": constraints.min_dwell,
-        "final_reference": constraints.final_reference,
-        "slices": slices,
-        "exploration": exploration,
+def _doubts(
+    problem: Problem,
+    path: IntArray,
+    positions: FloatArray,
+    stages: tuple[Stage, ...],
+    budget: float,
+    draws: int,
+    seed: int,
+) -> list[StageDoubt | None]:
+    at = []
+    for stage in stages:
+        first, end = (round(edge * problem.slices) for edge in (stage.start, stage.end))
+        at.append(problem.compared_at(path, positions, first, end, budget))
+    allowed = allowed_strategies(problem.profile, problem.constraints)
+    return stage_doubts(problem.profile, problem.criterion, problem.mode, stages, at, allowed, draws=draws, seed=seed)
+
+
+def _predicted(
+    problem: Problem, path: IntArray, positions: FloatArray, budget: float, is_exact: bool
+) -> dict[str, Any]:
+    """What is expected of the schedule, beside the reference alone with the same budget."""
+    profile, reference = problem.profile, problem.profile.reference_index
+    seconds = problem.path_seconds(path, budget)
+    values: dict[str, Any] = {"exact": is_exact} | ({} if seconds is None else {"seconds": seconds})
+    if problem.speeds is None:
+        alone = profile.scores(problem.criterion, np.arange(problem.slices) / problem.slices)[0][:, reference]
+        sign = -1.0 if problem.criterion.lower_is_better else 1.0
+        values["score"] = sign * problem.value(path, budget)
+        values["score_reference"] = float(alone.mean()) if np.isfinite(alone).all() else None
+        return values
+    end = float(positions[-1])
+    alone_units = problem.speeds.units_to(end, reference)
+    reached = problem.speeds.advance(np.zeros(1), budget, np.array([reference]))[0]
+    moving = np.flatnonzero(np.diff(positions) > 1e-9 * max(end, 1e-300))
+    stuck = moving.size == 0 or moving[-1] < problem.slices - 1
+    return values | {
+        "progress": end,
+        "progress_reference": float(reached),
+        "reference_budget": alone_units if math.isfinite(alone_units) else None,
+        "speed_up": alone_units / budget if math.isfinite(alone_units) and end > 0 else None,
+        "profiled_budget": profile.reference_budget,
+        "beyond_profile": end > 1.001,
+        "stuck": bool(stuck),
     }

@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments, criterion_se, get_criterion, readable
-from schedulers.errors import UsageError
+from schedulers.errors import ScheduleError, UsageError
+from schedulers.schedule import Schedule, Stage
 from schedulers.strategy import Grid
+
+HAIR = 1e-9  # how much worse than the best contender a strategy that left a race counts, as a share of that score
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +29,15 @@ class Profile:
     the budget of one update in units. `digest` identifies the cube; `reference_budget` is the budget
     in units of the run that was profiled, None when unknown. `contenders`: per criterion's name (T, C), the
     strategies that a race by that criterion had not ruled out; others have fewer samples, whose luck must not make
-    them win later, and score no better than the best contender. Raises UsageError, naming the field,
-    when shapes or values do not fit.
+    them win later, and score worse than the best contender, by HAIR of its score at least.
+
+    `influence` (T, C, 5, R), or None: how much each of R groups of sub-batches moves the estimates, such that
+    sum_r influence_r influence_r^T is `covariance`, and sum_r of the product of two strategies' rows the covariance
+    BETWEEN their estimates, which are measured on the same images; 0 where not measured. Where all strategies share
+    the reference's norm_sq_ref, they share its row here, whatever `covariance` says of their own.
+    `seconds` and `memory` (C,), or None: seconds of a training step and bytes of activations kept for its backward
+    pass, per sample, NaN where not measured. `pilot`: the stages of the schedule that the profiled run was trained
+    under, None when unknown. Raises UsageError, naming the field, when shapes or values do not fit.
     """
 
     grid: Grid
@@ -42,9 +52,13 @@ class Profile:
     digest: str
     reference_budget: float | None = None
     contenders: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    influence: FloatArray | None = None
+    seconds: FloatArray | None = None
+    memory: FloatArray | None = None
+    pilot: tuple[Stage, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("progress", "cost", "covariance"):
+        for name in ("progress", "cost", "covariance", "influence", "seconds", "memory"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, np.asarray(value, dtype=np.float64))
@@ -61,8 +75,38 @@ class Profile:
             raise UsageError(f"moments have shape {self.moments.shape}, not {(points, strategies)} (progress, grid)")
         if self.covariance is not None and self.covariance.shape != (points, strategies, len(MOMENTS), len(MOMENTS)):
             raise UsageError(f"covariance has shape {self.covariance.shape}, not {(points, strategies, 5, 5)}")
+        self._check_influence()
+        for name in ("seconds", "memory"):
+            self._check_measured(name)
         if self.batch_size < 1 or not self.beta > 0:
             raise UsageError(f"batch_size={self.batch_size} and beta={self.beta} must be positive")
+        if self.pilot is not None:
+            object.__setattr__(self, "pilot", tuple(self.pilot))
+            try:
+                Schedule(stages=self.pilot)
+            except ScheduleError as error:
+                raise UsageError(f"pilot: {error}") from None
+
+    def _check_influence(self) -> None:
+        if self.influence is None:
+            return
+        expected = (self.progress.size, len(self.grid), len(MOMENTS))
+        if self.influence.ndim != 4 or self.influence.shape[:3] != expected or not self.influence.shape[3]:
+            raise UsageError(
+                f"influence has shape {self.influence.shape}, not ({', '.join(map(str, expected))}, R) "
+                "(progress, grid, moment, replicate)"
+            )
+        if not np.all(np.isfinite(self.influence)):
+            raise UsageError("influence must be finite, 0 where not measured")
+
+    def _check_measured(self, name: str) -> None:
+        value: FloatArray | None = getattr(self, name)
+        if value is None:
+            return
+        if value.shape != self.cost.shape:
+            raise UsageError(f"{name} has shape {value.shape}; the grid has {len(self.grid)} strategies")
+        if not np.all(np.isnan(value) | ((value > 0) & np.isfinite(value))):
+            raise UsageError(f"{name} must be positive, or NaN where it was not measured, not {value.tolist()}")
 
     @property
     def reference_index(self) -> int:
@@ -88,7 +132,7 @@ class Profile:
         moments = readable(self.moments, self.covariance)
         batch, ref = self.batch_size, self.reference_cost
         score = chosen.score(moments, self.cost, beta=self.beta, batch_size=batch, reference_cost=ref)
-        score = self._without_losers_luck(chosen, score)
+        score = self.without_losers_luck(chosen, score)
         score = interpolate(self.progress, score, progress_points)
         if self.covariance is None:
             return score, np.full(score.shape, np.nan)
@@ -97,16 +141,20 @@ class Profile:
         )
         return score, interpolate(self.progress, se, progress_points)
 
-    def _without_losers_luck(self, criterion: Criterion, score: FloatArray) -> FloatArray:
-        """Scores (T, C) in which no strategy that left a race is better than the best one that did not."""
+    def without_losers_luck(self, criterion: Criterion, score: FloatArray) -> FloatArray:
+        """Scores (..., T, C) in which every strategy that left a race is worse than the best one that did not.
+
+        Worse, not equal: on a tie the first strategy of the grid would win, and it may be one that left.
+        """
         stays = self.contenders.get(criterion.name)
         if stays is None:
             return score
         sign = -1.0 if criterion.lower_is_better else 1.0
         worth = sign * score
-        best = np.where(stays & np.isfinite(worth), worth, -np.inf).max(axis=1, keepdims=True)
+        best = np.where(stays & np.isfinite(worth), worth, -np.inf).max(axis=-1, keepdims=True)
         kept = stays | ~np.isfinite(best)
-        return np.asarray(sign * np.where(kept, worth, np.minimum(worth, best)))
+        below = np.minimum(best - HAIR * np.abs(best), np.nextafter(best, -np.inf))
+        return np.asarray(sign * np.where(kept, worth, np.minimum(worth, below)))
 
 
 def interpolate(progress: FloatArray, values: FloatArray, progress_points: ArrayLike) -> FloatArray:

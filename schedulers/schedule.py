@@ -12,17 +12,22 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from schedulers.counts import exact
 from schedulers.errors import GradscopeError, ScheduleError, UsageError
 from schedulers.fields import Fields, parse_json
+from schedulers.stage import Stage as Stage  # part of this module for those who build schedules
+from schedulers.stage import check_stage, stage_from_json, stage_to_json
 from schedulers.strategy import Strategy
 
-SCHEMA_VERSION = 1
-PROGRESS_MODES = ("fraction",)
-_STRATEGY = re.compile(r'"strategy": \{[^{}]*\}(,\s*"weight": [^\s}]+)?')  # one line each, for people
-_WEIGHT_TOLERANCE = 1e-6  # a hand-written .333, .333, .334 is exact; six digits allow for .333333 thrice
+SCHEMA_VERSION = 2
+PROGRESS_MODES = ("fraction", "trajectory")
+_ONE_LINE = re.compile(  # what people read as one thing: an entry of a mixture, a strategy, the ends of progress
+    r'\{\s*"strategy": \{[^{}]*\},\s*"weight": [^\s}]+\s*\}|"(?:strategy|rival)": \{[^{}]*\}|"progress": \[[^][{}]*\]'
+)
 
 
 def library_version() -> str:
@@ -34,39 +39,14 @@ def library_version() -> str:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of the budget, [start, end) as fractions, in which one mixture of strategies runs.
-
-    `mixture` gives each strategy's probability per step; `cost` is the expected units per sample,
-    Σ weight · C, since every step uses the same batch size. `score` and `score_se` are the predicted
-    criterion of the main strategy, averaged over the stage, and one standard error, or None.
-    """
-
-    start: float
-    end: float
-    mixture: tuple[tuple[Strategy, float], ...]
-    cost: float
-    score: float | None = None
-    score_se: float | None = None
-
-    @property
-    def strategy(self) -> Strategy:
-        """The strategy with the largest weight, the first of them on a tie."""
-        return max(self.mixture, key=lambda entry: entry[1])[0]
-
-    @property
-    def pure(self) -> bool:
-        """Whether one strategy alone runs in this stage."""
-        return sum(weight > 0 for _, weight in self.mixture) == 1
-
-
-@dataclass(frozen=True)
 class Schedule:
     """A piecewise-constant map from the spent fraction of the budget to a mixture of strategies.
 
     `stages` cover [0, 1] without gap or overlap. `budget` in units and `batch_size` in samples are
-    None for a hand-made schedule, which fits any. Raises ScheduleError, naming the field, for
-    values that do not make a schedule.
+    None for a hand-made schedule, which fits any. `progress_mode` says how training progress was
+    predicted (design §6); `constraints` and `predicted` hold plain JSON: what the schedule keeps, and
+    what is expected of it as a whole. Raises ScheduleError, naming the field, for values that do not
+    make a schedule.
     """
 
     stages: tuple[Stage, ...]
@@ -77,12 +57,14 @@ class Schedule:
     metric: str | None = None
     progress_mode: str = "fraction"
     constraints: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
     cube_digest: str = ""
     library_version: str = field(default_factory=library_version)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        object.__setattr__(self, "constraints", _plain_json(self.constraints))
+        for name in ("constraints", "predicted"):
+            object.__setattr__(self, name, _plain_json(name, getattr(self, name)))
         _check_schedule(self)
 
     def at(self, fraction: float) -> Stage:
@@ -109,19 +91,54 @@ class Schedule:
                 return strategy
         return next(strategy for strategy, weight in reversed(mixture) if weight > 0)
 
-    def samples(self, stage: Stage) -> float:
+    def stage_samples(self, stage: Stage) -> float:
         """Samples that the stage's share of the budget pays for: (end − start) · budget / cost.
 
         Raises UsageError for a schedule without a budget.
         """
-        if self.budget is None:
-            raise UsageError("this schedule has no budget; give one with dataclasses.replace(schedule, budget=...)")
-        return (stage.end - stage.start) * self.budget / stage.cost
+        return (stage.end - stage.start) * self._known_budget() / stage.cost
 
     @property
     def total_samples(self) -> float:
-        """Samples of the whole schedule. Raises UsageError for a schedule without a budget."""
-        return math.fsum(self.samples(stage) for stage in self.stages)
+        """Samples of the whole schedule, Σ (end − start) · budget / cost, in fractions of a sample.
+
+        Raises UsageError for a schedule without a budget.
+        """
+        return math.fsum(self.stage_samples(stage) for stage in self.stages)
+
+    def samples(self, batch: int) -> int:
+        """Samples of a run in whole steps of `batch` samples: `batch` times `steps(batch)`, and raises as it does."""
+        return batch * self.steps(batch)
+
+    def steps(self, batch: int) -> int:
+        """Steps of a run that takes whole steps of `batch` samples, as the bundled trainer does.
+
+        A step runs the stage at the fraction spent before it, for batch · cost units (the expected cost
+        of a mixture); the run ends before the first step that the rest of the budget does not pay for.
+        So a step that begins a stage early runs over its end, and nothing is ever spent over the budget.
+        Counted in exact arithmetic: a sum of rounded costs that ends exactly at a stage's edge, or at the
+        budget's, may come to one step more or less there.
+
+        Raises UsageError for a schedule without a budget and for a batch below 1.
+        """
+        if batch < 1:
+            raise UsageError(f"batch={batch!r} must be at least 1 sample")
+        budget = exact(self._known_budget())
+        spent, steps = Fraction(0), 0
+        for stage in self.stages:
+            step = batch * exact(stage.cost)
+            to_end = max(math.ceil((exact(stage.end) * budget - spent) / step), 0)
+            affordable = math.floor((budget - spent) / step)
+            steps += min(to_end, affordable)
+            if affordable < to_end:
+                break
+            spent += to_end * step
+        return steps
+
+    def _known_budget(self) -> float:
+        if self.budget is None:
+            raise UsageError("this schedule has no budget; give one with dataclasses.replace(schedule, budget=...)")
+        return self.budget
 
     @property
     def cost(self) -> float:
@@ -135,7 +152,7 @@ class Schedule:
         return tuple(dict.fromkeys(found))
 
     def to_json(self) -> str:
-        """The schedule as a readable JSON text (schema version 1); `samples` is null without a budget."""
+        """The schedule as a readable JSON text (schema version 2); `samples` is null without a budget."""
         values = {
             "schema_version": SCHEMA_VERSION,
             "budget": self.budget,
@@ -145,30 +162,24 @@ class Schedule:
             "metric": self.metric,
             "progress_mode": self.progress_mode,
             "stages": [
-                {
-                    "start": stage.start,
-                    "end": stage.end,
-                    **_mixture_to_json(stage.mixture),
-                    "cost": stage.cost,
-                    "samples": None if self.budget is None else self.samples(stage),
-                    "score": stage.score,
-                    "score_se": stage.score_se,
-                }
+                stage_to_json(stage, None if self.budget is None else self.stage_samples(stage))
                 for stage in self.stages
             ],
             "constraints": self.constraints,
+            "predicted": self.predicted,
             "cube_digest": self.cube_digest,
             "library_version": self.library_version,
         }
         text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-        return _STRATEGY.sub(lambda match: re.sub(r"\n\s*", " ", match[0]), text) + "\n"
+        return _ONE_LINE.sub(lambda match: re.sub(r"\n\s*", " ", match[0]), text) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Read what `to_json` wrote or a person edited. Raises ScheduleError that names the field.
 
         A stage needs `start`, `end`, `cost` and either `strategy` or `mixture`; `samples` follows
-        from the others and is not read back. Every other field has a default.
+        from the others and is not read back. Every other field has a default. Version 1 is the same
+        without predictions beyond the score.
         """
         fields = Fields(parse_json(text))
         version = fields.whole("schema_version")
@@ -179,7 +190,7 @@ class Schedule:
             )
         if version < 1:
             raise ScheduleError(f"schema_version: {version} was never a version; this one is {SCHEMA_VERSION}")
-        stages = [_stage_from_json(value, f"stages[{i}].") for i, value in enumerate(fields.items("stages"))]
+        stages = [stage_from_json(value, f"stages[{i}].") for i, value in enumerate(fields.items("stages"))]
         schedule = cls(
             stages=tuple(stages),
             budget=fields.number("budget") if fields.given("budget") else None,
@@ -189,6 +200,7 @@ class Schedule:
             metric=fields.text("metric") if fields.given("metric") else None,
             progress_mode=fields.text("progress_mode") if fields.given("progress_mode") else "fraction",
             constraints=fields.mapping("constraints") if fields.given("constraints") else {},
+            predicted=fields.mapping("predicted") if fields.given("predicted") else {},
             cube_digest=fields.text("cube_digest") if fields.given("cube_digest") else "",
             library_version=fields.text("library_version") if fields.given("library_version") else "",
         )
@@ -247,50 +259,11 @@ def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
             temporary.unlink()
 
 
-def _stage_from_json(value: Any, where: str) -> Stage:
-    fields = Fields(value, where)
-    if "strategy" in fields and "mixture" in fields:
-        raise ScheduleError(f"{fields.path('mixture')}: give either strategy or mixture, not both")
-    mixture: list[tuple[Strategy, float]] = []
-    if "mixture" in fields:
-        for i, entry in enumerate(fields.items("mixture")):
-            part = Fields(entry, f"{where}mixture[{i}].")
-            mixture.append((_strategy_from_json(part), part.number("weight")))
-            part.done()
-    else:
-        mixture.append((_strategy_from_json(fields), 1.0))
-    stage = Stage(
-        start=fields.number("start"),
-        end=fields.number("end"),
-        mixture=tuple(mixture),
-        cost=fields.number("cost"),
-        score=fields.number("score") if fields.given("score") else None,
-        score_se=fields.number("score_se") if fields.given("score_se") else None,
-    )
-    if fields.given("samples"):
-        fields.number("samples")
-    fields.done()
-    return stage
-
-
-def _strategy_from_json(fields: Fields) -> Strategy:
+def _plain_json(name: str, values: dict[str, Any]) -> dict[str, Any]:
     try:
-        return Strategy(fields.mapping("strategy"))
-    except UsageError as error:
-        raise ScheduleError(f"{fields.path('strategy')}: {error}") from None
-
-
-def _mixture_to_json(mixture: tuple[tuple[Strategy, float], ...]) -> dict[str, Any]:
-    if len(mixture) == 1 and mixture[0][1] == 1:
-        return {"strategy": dict(mixture[0][0])}
-    return {"mixture": [{"strategy": dict(strategy), "weight": weight} for strategy, weight in mixture]}
-
-
-def _plain_json(constraints: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return dict(json.loads(json.dumps(constraints, allow_nan=False)))
+        return dict(json.loads(json.dumps(values, allow_nan=False)))
     except (TypeError, ValueError):
-        raise ScheduleError(f"constraints: {constraints!r} cannot be written as JSON without NaN") from None
+        raise ScheduleError(f"{name}: {values!r} cannot be written as JSON without NaN") from None
 
 
 def _check_schedule(schedule: Schedule) -> None:
@@ -305,7 +278,7 @@ def _check_schedule(schedule: Schedule) -> None:
             f"progress_mode: {schedule.progress_mode!r} is not known; it is one of {', '.join(PROGRESS_MODES)}"
         )
     for i, stage in enumerate(schedule.stages):
-        _check_stage(stage, f"stages[{i}]")
+        check_stage(stage, f"stages[{i}]")
         if set(stage.strategy) != set(schedule.stages[0].strategy):
             raise ScheduleError(
                 f"stages[{i}]: the axes of {stage.strategy} are not those of {schedule.stages[0].strategy} in stages[0]"
@@ -323,33 +296,3 @@ def _check_cover(stages: tuple[Stage, ...]) -> None:
             raise ScheduleError(f"stages[{i}].start: {start} {kind} stages[{i - 1}], which ends at {before}")
     if stages[-1].end != 1:
         raise ScheduleError(f"stages[{len(stages) - 1}].end: {stages[-1].end} must be 1, the end of the budget")
-
-
-def _check_stage(stage: Stage, where: str) -> None:
-    for name, value in (("start", stage.start), ("end", stage.end)):
-        if not 0 <= value <= 1:
-            raise ScheduleError(f"{where}.{name}: {value} is not a fraction of the budget in [0, 1]")
-    if not stage.start < stage.end:
-        raise ScheduleError(f"{where}.end: {stage.end} is not after its start {stage.start}")
-    if not (math.isfinite(stage.cost) and stage.cost > 0):
-        raise ScheduleError(f"{where}.cost: {stage.cost} must be a positive number of units per sample")
-    if stage.score is not None and not math.isfinite(stage.score):
-        raise ScheduleError(f"{where}.score: {stage.score} must be a finite number, or None where it is not known")
-    if stage.score_se is not None and not (math.isfinite(stage.score_se) and stage.score_se >= 0):
-        raise ScheduleError(f"{where}.score_se: {stage.score_se} must be a number of at least 0, or None")
-    if not stage.mixture:
-        raise ScheduleError(f"{where}.mixture: at least one strategy is needed")
-    seen: list[Strategy] = []
-    for i, (strategy, weight) in enumerate(stage.mixture):
-        if not len(strategy):
-            raise ScheduleError(f"{where}.strategy: a strategy needs a value on at least one axis")
-        if strategy in seen:
-            raise ScheduleError(f"{where}.mixture[{i}].strategy: {strategy} is given twice")
-        if not 0 <= weight <= 1:
-            raise ScheduleError(f"{where}.mixture[{i}].weight: {weight} is not a probability in [0, 1]")
-        if set(strategy) != set(stage.mixture[0][0]):
-            raise ScheduleError(f"{where}.mixture[{i}].strategy: {strategy} has other axes than {stage.mixture[0][0]}")
-        seen.append(strategy)
-    total = math.fsum(weight for _, weight in stage.mixture)
-    if abs(total - 1) > _WEIGHT_TOLERANCE:
-        raise ScheduleError(f"{where}.mixture: the weights sum to {total:.6g}, not 1")

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+import gradscope.cli.compare as compare
 import gradscope.cli.cost as cost
 import gradscope.cli.measure as measure
 import gradscope.cli.optimize as optimize
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GRADSCOPE"},
 )
-for module in (view, training, measure, optimize, cost):
+for module in (view, training, measure, optimize, compare, cost):
     module.register(app)
 
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradscope.cli.console import DataFolder, Device, Json, Quiet, Seed, emit, note, open_device, override_grid, table
+from gradscope.cli.console import (
+    DataFolder,
+    Device,
+    Json,
+    Quiet,
+    Seed,
+    complete,
+    emit,
+    note,
+    open_device,
+    override_grid,
+    table,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +95,16 @@ def profile(
             metavar="N,N",
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this strategy (patch=4,dropout=0.5; an axis left out: the reference's); repeatable. Each such "
+            "cell gets --samples (default 16 sub-batches), without racing; the others stay as they are.",
+            metavar="STRATEGY",
+        ),
+    ] = None,
     group_size: Annotated[
-        int, typer.Option(help="Strategies measured side by side with --samples-per-cell fixed.")
+        int, typer.Option(help="Strategies measured side by side with --samples-per-cell fixed or --only.")
     ] = 16,
     seed: Seed = 0,
     data_folder: DataFolder = None,
@@ -99,6 +120,8 @@ def profile(
 
     gradscope profile ckpt_dir
     """
+    from dataclasses import replace
+
     from gradscope.profile_options import ProfileOptions
     from gradscope.profiler import expected_work
     from gradscope.profiler import profile as run
@@ -115,6 +138,8 @@ def profile(
         measured = open_task(task, ckpt_dir, data_folder, here)
         if grid is not None:
             measured.grid = override_grid(measured.grid, grid)
+        if only:
+            options = replace(options, only=tuple(complete(text, measured.grid.reference) for text in only))
         if dry_run and not ranks.first:
             return
         if dry_run:
@@ -129,10 +154,19 @@ def profile(
                 as_json=as_json,
             )
             return
+        words = {
+            "--out": out if out != Path("cube.nc") else None, "--task": task, "--grid": grid,
+            "--batch-size": batch_size, "--seed": seed or None, "--data-folder": data_folder,
+            "--estimator": estimator if estimator != "auto" else None,
+            "--precision": precision if precision != "float32" else None,
+        }  # fmt: skip
+        given = [str(word) for item in words.items() if item[1] is not None for word in item]
+        command = shlex.join(["gradscope", "profile", str(ckpt_dir), *given])
         with Progress("profile", quiet=quiet or as_json or not ranks.first) as progress:
             tree, summary = run(
-                measured, ckpt_dir, out, options=options, overwrite=overwrite, report=progress.update, ranks=ranks
-            )
+                measured, ckpt_dir, out, options=options, overwrite=overwrite, report=progress.update, ranks=ranks,
+                command=command,
+            )  # fmt: skip
     if not ranks.first:
         return
     done: dict[str, Any] = {
@@ -280,18 +314,26 @@ def _show_cube(file: Path) -> tuple[dict[str, Any], list[str]]:
 def _show_schedule(file: Path) -> tuple[dict[str, Any], list[str]]:
     import json
 
+    from gradscope.cli.compare import mixture_text
     from schedulers import load_schedule
 
     plan = load_schedule(file)
-    rows = [
-        [
-            f"{stage.start:.2f}-{stage.end:.2f}",
-            f"{stage.cost:.3f}",
-            " + ".join(f"{w:.0%} {s}" if w < 1 else str(s) for s, w in stage.mixture),
-        ]
-        for stage in plan.stages
+    columns = {
+        "fraction": [f"{stage.start:.2f}-{stage.end:.2f}" for stage in plan.stages],
+        "cost": [f"{stage.cost:.3f}" for stage in plan.stages],
+        "strategy": [mixture_text(stage) for stage in plan.stages],
+        "progress": ["" if s.progress is None else f"{s.progress[0]:.2f}-{s.progress[1]:.2f}" for s in plan.stages],
+        "best with": ["" if s.probability is None else f"{s.probability:.0%}" for s in plan.stages],
+        "else best": ["" if s.rival is None else str(s.rival) for s in plan.stages],
+        "regret": ["" if s.regret is None else f"{s.regret:.1%}" for s in plan.stages],
+    }
+    known = {name: column for name, column in columns.items() if any(column)}
+    rows = [[column[i] for column in known.values()] for i in range(len(plan.stages))]
+    lines = [
+        *table(list(known), rows),
+        *(f"predicted {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in plan.predicted.items()),
     ]
-    return {"kind": "schedule", **json.loads(plan.to_json())}, table(["fraction", "cost", "strategy"], rows)
+    return {"kind": "schedule", **json.loads(plan.to_json())}, lines
 
 
 def _show_checkpoint(file: Path) -> tuple[dict[str, Any], list[str]]:

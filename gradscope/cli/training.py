@@ -36,8 +36,11 @@ def train(
     schedule: Annotated[
         str,
         typer.Option(
-            help="A schedule file, a strategy (patch=4,dropout=0.5), stages (patch=7@0.4;patch=2), "
-            "[bold]mixed[/bold] (every step draws from the grid), or none.",
+            help="A schedule file, [bold]mixed[/bold] (every step draws from the grid), none, or a short text; "
+            "quote it, since ; > and * mean something to a shell. A strategy: patch=4,dropout=0.5. Stages, each until "
+            "a fraction of the budget: 'patch=7@0.4;patch=2'. Ramps in equal parts: 'dropout=0.8->0/5@0.6;patch=2' "
+            "(five parts, at .8, .6, .4, .2, 0), 'patch=14>7>4>2'. Mixtures, drawn at every step: "
+            "'0.7*patch=7+0.3*patch=2'.",
             envvar="GRADSCOPE_SCHEDULE",
         ),
     ] = "none",
@@ -199,15 +202,7 @@ def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -
 def make_schedule(text: str, setting: Setting) -> Schedule:
     """The schedule that an option's text names: none, mixed, stages, or a file. Checks that the model can run it."""
     from gradscope.errors import UsageError
-    from schedulers import (
-        constant_schedule,
-        kept_tokens,
-        load_schedule,
-        mixed_schedule,
-        parse_schedule,
-        patch_tokens,
-        token_cost,
-    )
+    from schedulers import constant_schedule, load_schedule, mixed_schedule, parse_schedule, token_cost
 
     config = setting.config
 
@@ -230,7 +225,7 @@ def make_schedule(text: str, setting: Setting) -> Schedule:
     else:
         raise UsageError(
             f"--schedule {text!r}: no such file; give a schedule file, a strategy such as "
-            "patch=4,dropout=0.5, mixed or none"
+            "patch=4,dropout=0.5, stages such as patch=7@0.4;patch=2, mixed or none"
         )
     for strategy in plan.strategies:
         for axis in strategy:
@@ -238,5 +233,5 @@ def make_schedule(text: str, setting: Setting) -> Schedule:
                 raise UsageError(
                     f"--schedule {text!r}: unknown axis {axis!r}; {config.method} has {', '.join(config.reference)}"
                 )
-        kept_tokens(patch_tokens(setting.image_size, int(strategy.number("patch"))), strategy.number("dropout"))
+        cost(strategy)  # refuses a patch that does not divide the image, and a dropout that leaves no token
     return plan

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xarray as xr
 
+from gradscope import open_cube, profile_of
 from gradscope.cli import main
+from gradscope.cube import digest_of, groups_of
 from gradscope.data import ImageData
 from schedulers import load_schedule
 from tests.gradscope.tasks_for_tests import make_checkpoints
@@ -75,6 +80,68 @@ def test_cost_prints_the_documented_object(run) -> None:  # type: ignore[no-unty
     assert "0.75" in run("cost", "--image-size", 240)[1]
 
 
+SMALL = ("--image-size", 28, "--model", "demo", "--grid", "patch=4,7;dropout=0,0.5", "--batch-size", 2, "--repeats", 1)
+
+
+def test_cost_measures_the_bundled_model(run) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run("cost", "--measure", *SMALL, "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["measured"]["batch_size"] == 2 and facts["measured"]["repeats"] == 1
+    reference, *others = facts["rows"]
+    assert reference["cost"]["measured"] == reference["cost"]["tokens"] == reference["flops_units"] == 4
+    counted = json.loads(run("cost", *SMALL[:2], *SMALL[4:6], "--json")[1])["rows"]
+    for row, plain in zip(facts["rows"], counted, strict=True):
+        assert row["cost"] == {**plain["cost"], "measured": row["cost"]["measured"]}
+        assert row["seconds"] * 4 / reference["seconds"] == pytest.approx(row["cost"]["measured"])
+    assert all(row["flops"] < reference["flops"] and row["memory"] < reference["memory"] for row in others)
+    code, out, _ = run("cost", "--measure", *SMALL)
+    assert code == 0 and "us/sample" in out
+    assert out.splitlines()[-1].startswith("flops: ") and out.splitlines()[-2].startswith("time: ")
+
+
+def test_cost_writes_what_it_measured_into_a_cube(run, small_run: Path) -> None:  # type: ignore[no-untyped-def]
+    run("profile", small_run, "--samples", 48)
+    before = open_cube(Path("cube.nc"))
+    code, out, _ = run("cost", small_run, "--cube", "cube.nc", "--repeats", 1)
+    assert code == 0 and "gradscope optimize --cost-model measured and --max-hours can now be used" in out
+    after = open_cube(Path("cube.nc"))
+    found = profile_of(after.dataset, cost_model="measured")
+    assert np.isfinite(found.seconds).all() and np.isfinite(found.memory).all() and found.reference_cost == 4
+    np.testing.assert_allclose(found.cost, 4 * found.seconds / found.seconds[found.reference_index])
+    assert json.loads(after.attrs["measured_json"])["batch_size"] == 16  # the run's
+    xr.testing.assert_identical(groups_of(before), groups_of(after))
+    xr.testing.assert_identical(before.dataset["moment_cov"], after.dataset["moment_cov"])
+    run("profile", small_run, "--samples", 48)
+    np.testing.assert_array_equal(profile_of(open_cube(Path("cube.nc")).dataset).seconds, found.seconds)
+    for words, message in (
+        (("--image-size", 56), "costs 2.5 units there and 2.508 here; measure the same method, image size"),
+        (("--image-size", 28, "--patch", 7), "its reference is patch=4,dropout=0, that to be measured patch=7"),
+        (("--image-size", 28, "--grid", "patch=4,14"), "patch=14,dropout=0 is not on its grid; leave out --grid"),
+    ):
+        code, out, err = run("cost", "--cube", "cube.nc", "--model", "demo", *words)
+        assert code == 2 and out == "" and message in err
+    code, _, err = run("cost", small_run, "--cube", "cube.nc", "--repeats", 1, "--batch-size", 2, "--quiet")
+    assert code == 0 and "note: measured at a batch of 2, where the cube's run had 16" in err
+
+
+def test_cost_measures_a_task_of_ones_own_without_tokens(run) -> None:  # type: ignore[no-untyped-def]
+    make_checkpoints(Path("ckpt_dir"))
+    words = ("cost", "ckpt_dir", "--task", "tests.gradscope.tasks_for_tests:LineTask", "--repeats", 1)
+    code, out, _ = run(*words, "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0 and set(rows[0]["cost"]) == {"tokens", "measured"} and "tokens_query" not in rows[0]
+    code, out, _ = run(*words)
+    assert code == 0 and out.split()[:4] == ["keep", "noise", "tokens", "measured"] and "attention" not in out
+    code, out, err = run(*words[:3], "tests.gradscope.tasks_for_tests:FailingTask", "--json")
+    rows = {(row["keep"], row["noise"]): row for row in json.loads(out)["rows"]}
+    assert code == 4 and "failed: keep=half,noise=2: RuntimeError: out of memory, say" in err
+    failed = rows["half", 2]
+    assert failed["seconds"] is failed["flops"] is failed["memory"] is failed["cost"]["measured"] is None
+    run("profile", "ckpt_dir", "--task", words[3], "--samples", 24, "--samples-per-cell", "fixed")
+    code, _, err = run("cost", "--cube", "cube.nc")
+    assert code == 2 and "its axes are keep, noise, those to be measured patch, dropout" in err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -117,6 +184,16 @@ def test_cost_prints_the_documented_object(run) -> None:  # type: ignore[no-unty
         (("train", "--budget", "1K", "--out", "x", "--grid", "patch=a,b"), 2, "take numbers"),
         (("cost", "--grid", "patch=a"), 2, "take numbers"),
         (("cost", "--method", "byol"), 2, "unknown method 'byol'"),
+        (("cost", "--measure", "--method", "byol"), 2, "method 'byol' cannot be trained; the methods are mocov3"),
+        (("cost", "--measure", "--model", "huge"), 2, "unknown model 'huge'"),
+        (("cost", "--measure", "--batch-size", "1"), 2, "at least 2"),
+        (("cost", "--measure", "--model", "demo", "--repeats", "0"), 2, "repeats=0: at least 1 round is needed"),
+        (("cost", "--repeats", "3"), 2, "--repeats is for measured costs; add --measure"),
+        (("cost", "--measure", "--task", "m:T"), 2, "give the folder of its checkpoints"),
+        (("cost", "nowhere"), 2, "nowhere: no such folder"),
+        (("cost", "."), 2, "holds no checkpoint"),
+        (("cost", ".", "--model", "demo"), 2, "--model demo: the checkpoints of . have their own; leave it out"),
+        (("cost", "--cube", "absent.nc"), 1, "no such cube"),
         (("evaluate", "absent.pt"), 1, "no such checkpoint"),
         (("show", "absent.nc"), 2, "no such file"),
         (("nonsense",), 2, "nonsense"),
@@ -237,3 +314,41 @@ def test_help_is_there_and_imports_nothing_heavy(command: tuple[str, ...]) -> No
     done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: gradscope" in done.stdout
+
+
+def test_some_strategies_by_name(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    make_checkpoints(tmp_path / "my checkpoints")
+    words = ("profile", "my checkpoints", "--task", "tests.gradscope.tasks_for_tests:LineTask", "--seed", 2)
+    named = (*words, "--only", "keep=half,noise=0.5", "--only", "noise=2", "--checkpoints", "1,2", "--samples", 40)
+    assert json.loads(run(*named, "--dry-run", "--json")[1]) == {
+        "schema_version": 1, "cells": 4, "strategies": 6, "units": 400.0, "units_least": 400.0,
+    }  # fmt: skip
+    assert "4 cells measured, 0 reused, 0 failed" in run(*named)[1]
+    cube = open_cube(Path("cube.nc")).dataset
+    assert cube["n_samples"].values[1:, 1, 1].tolist() == cube["n_samples"].values[1:, 0, 2].tolist() == [40, 40]
+    assert int(cube["n_samples"].sum()) == 160
+    command = shlex.split(cube.attrs["profile_command"])
+    assert command == ["gradscope", *map(str, words)]
+    code, out, _ = run(*command[1:], "--only", "noise=2", "--checkpoints", "2")
+    assert code == 0 and "1 cells measured, 3 reused" in out  # 16 sub-batches of 8
+    assert int(open_cube(Path("cube.nc")).dataset["n_samples"].sum()) == 120 + 128
+    for text, message in (("noise=1", "noise=1 is not on the grid"), ("nose=1", "unknown axis 'nose'")):
+        code, out, err = run(*words, "--only", text)
+        assert code == 2 and out == "" and message in err
+
+
+def test_the_command_that_made_a_cube_is_kept_in_it(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    make_checkpoints(tmp_path / "ckpts")
+    task = ("--task", "tests.gradscope.tasks_for_tests:LineTask", "--grid", "noise=0,2;keep=all,half")
+    how = (*task, "--batch-size", "10", "--estimator", "subbatch")
+    for name, some in (("a.nc", "0"), ("b.nc", "1,2")):
+        run("profile", "ckpts", *how, "--out", name, "--checkpoints", some, "--samples", 30, "--quiet")
+        command = open_cube(Path(name)).attrs["profile_command"]
+        assert shlex.split(command) == ["gradscope", "profile", "ckpts", "--out", name, *how]
+        digest = digest_of(open_cube(Path(name)).dataset)
+        assert digest == digest_of(open_cube(Path(name)).to_dataset().assign_attrs(profile_command=""))
+    run("merge", "a.nc", "b.nc", "-o", "cube.nc")
+    assert shlex.split(open_cube(Path("cube.nc")).attrs["profile_command"]) == ["gradscope", "profile", "ckpts", *how]
+    words = shlex.split(open_cube(Path("cube.nc")).attrs["profile_command"])[1:]
+    out = run(*words, "--samples", 30, "--samples-per-cell", "fixed")[1]
+    assert out.startswith("cube.nc: 0 cells measured, 12 reused")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import h5py
@@ -12,6 +13,7 @@ import xarray as xr
 
 from gradscope import Grid, ProfileOptions, Strategy, merge_cubes, open_cube, profile, profile_of, save_cube
 from gradscope.cube import grid_of, groups_of
+from gradscope.cube_costs import MEASURED, put_costs
 from gradscope.errors import CubeError, GradscopeError, UsageError
 from schedulers import optimize
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
@@ -163,3 +165,96 @@ def test_axes_of_mixed_labels_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="mixes texts and numbers"):
         profile(Mixed(), make_checkpoints(tmp_path / "c"), tmp_path / "cube.nc", options=OPTIONS)
+
+
+ABOUT = {"device": "a device", "threads": 1, "batch_size": 8, "spread": {}, "failures": {}}
+
+
+def with_costs(tree: xr.DataTree, seconds: dict[str, float], path: Path, **about: object) -> xr.DataTree:
+    """The cube with seconds per strategy (FLOPs ten times, bytes a hundred times that), written and read again."""
+    values = {
+        name: {Strategy.parse(text): factor * value for text, value in seconds.items()}
+        for name, factor in zip(MEASURED, (1, 10, 100), strict=True)
+    }
+    save_cube(put_costs(tree.to_dataset(), values, {**ABOUT, **about}), groups_of(tree), path)
+    return open_cube(path)
+
+
+def measured(cube: xr.Dataset, name: str = "seconds") -> list[float | None]:
+    """Over keep=all, half by noise=0, 0.5, 2; None where not measured."""
+    values = cube.sel(cost_model="measured")["cost"] if name == "cost" else cube[name]
+    flat = values.transpose("keep", "noise").values.ravel()
+    return [None if np.isnan(value) else float(value) for value in flat]
+
+
+def test_measured_costs_survive_the_file_and_reach_the_optimizer(cube_file: Path) -> None:
+    fresh = open_cube(cube_file)
+    assert all(measured(fresh.dataset, name) == [None] * 6 for name in MEASURED)
+    assert fresh.attrs["measured_json"] == "{}"
+    assert profile_of(fresh.dataset).seconds is None and profile_of(fresh.dataset).memory is None
+    seconds = {"keep=all,noise=0": 0.02, "keep=half,noise=0": 0.01, "keep=half,noise=2": 0.005}
+    cube = with_costs(fresh, seconds, cube_file).dataset
+    assert measured(cube) == [0.02, None, None, 0.01, None, 0.005]
+    assert measured(cube, "cost") == [3, None, None, 1.5, None, 0.75]  # the reference's as in tokens
+    found = profile_of(cube, cost_model="measured")
+    assert found.reference_cost == profile_of(cube).reference_cost == 3
+    np.testing.assert_array_equal(found.seconds, cube["seconds"].values.ravel())
+    np.testing.assert_array_equal(found.memory, 100 * cube["seconds"].values.ravel())
+    again = with_costs(open_cube(cube_file), {"keep=all,noise=0": 0.04}, cube_file).dataset
+    assert measured(again) == [0.04] + [None] * 5  # never those of two measurements side by side
+    with pytest.raises(CubeError, match="keep=none,noise=0 has no place in the cube"):
+        with_costs(fresh, {"keep=none,noise=0": 1.0}, cube_file)
+
+
+def test_a_resumed_profile_keeps_measured_costs_where_the_grid_grew(tmp_path: Path) -> None:
+    folder, out, task = make_checkpoints(tmp_path / "ckpt_dir"), tmp_path / "cube.nc", LineTask()
+    task.grid = Grid({"keep": ("half", "all"), "noise": (2, 0)}, LineTask.grid.reference)
+    small, _ = profile(task, folder, out, options=OPTIONS)
+    with_costs(small, {"keep=all,noise=0": 0.03, "keep=half,noise=0": 0.01, "keep=half,noise=2": 0.02}, out)
+    profile(LineTask(), folder, out, options=OPTIONS)
+    cube = open_cube(out).dataset
+    assert measured(cube) == [0.03, None, None, 0.01, None, 0.02]
+    assert measured(cube, "memory") == pytest.approx([3, None, None, 1, None, 2])
+    assert measured(cube, "cost") == [3, None, None, 1, None, 2]
+    assert json.loads(cube.attrs["measured_json"])["device"] == "a device"
+
+
+def test_a_cube_from_before_measured_costs_can_be_read_resumed_and_given_some(tmp_path: Path) -> None:
+    folder, out = make_checkpoints(tmp_path / "ckpt_dir"), tmp_path / "cube.nc"
+    tree, _ = profile(LineTask(), folder, out, options=OPTIONS)
+    old = tree.to_dataset().drop_vars(list(MEASURED))
+    del old.attrs["measured_json"]
+    save_cube(old, groups_of(tree), out)
+    assert profile_of(open_cube(out).dataset).seconds is None
+    assert measured(with_costs(open_cube(out), {"keep=all,noise=0": 0.02}, tmp_path / "b.nc").dataset)[0] == 0.02
+    profile(LineTask(), folder, out, options=OPTIONS)
+    assert measured(open_cube(out).dataset) == [None] * 6
+
+
+def test_merged_cubes_keep_measured_costs_the_first_counts_and_other_machines_do_not(tmp_path: Path) -> None:
+    folder, parts = make_checkpoints(tmp_path / "ckpt_dir"), []
+    for i, noise in enumerate([(0, 0.5), (0, 2)]):
+        task = LineTask()
+        task.grid = Grid({**LineTask.grid.axes, "noise": noise}, LineTask.grid.reference)
+        parts.append(profile(task, folder, tmp_path / f"{i}.nc", options=OPTIONS)[0])
+    first = with_costs(parts[0], {"keep=all,noise=0": 0.03, "keep=half,noise=0.5": 0.01}, tmp_path / "a.nc")
+    second = {"keep=all,noise=0": 0.06, "keep=half,noise=2": 0.02}
+    same = with_costs(parts[1], second, tmp_path / "b.nc")
+    other = with_costs(parts[1], second, tmp_path / "c.nc", device="another device")
+    cube, _ = merge_cubes([first, same])
+    assert measured(cube) == [0.03, None, None, None, 0.01, 0.02]
+    assert measured(cube, "cost") == [3, None, None, None, 1, 2]
+    assert measured(merge_cubes([first, other])[0]) == [0.03, None, None, None, 0.01, None]
+    assert measured(merge_cubes([parts[0], other])[0]) == [0.06, None, None, None, None, 0.02]
+    assert measured(merge_cubes(parts)[0]) == [None] * 6
+
+
+def test_an_axis_may_not_take_the_name_of_a_measured_cost(tmp_path: Path) -> None:
+    class Clash(LineTask):
+        grid = Grid({"memory": (1, 2)}, Strategy(memory=1))
+
+        def cost(self, strategy: Strategy) -> float:
+            return 1.0
+
+    with pytest.raises(UsageError, match="cannot be called 'memory'"):
+        profile(Clash(), make_checkpoints(tmp_path / "c"), tmp_path / "cube.nc", options=OPTIONS)

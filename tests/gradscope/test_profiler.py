@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import xarray as xr
 
-from gradscope import Grid, ProfileOptions, Strategy, open_cube, profile
+from gradscope import Grid, ProfileOptions, Strategy, open_cube, profile, profile_of
 from gradscope.checkpoints import load_checkpoint
 from gradscope.cube import DONE, FAILED, PENDING, digest_of
 from gradscope.engines import derive_seed
@@ -20,6 +21,7 @@ from gradscope.files import file_digest
 from gradscope.profiler import expected_work
 from gradscope.task import numbered_checkpoints
 from gradscope.tasks import PretrainTask
+from schedulers import Schedule
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
 
 OPTIONS = ProfileOptions(samples=40, allocation="fixed", seed=3)
@@ -326,3 +328,79 @@ def test_a_folder_of_shards_is_one_checkpoint(tmp_path: Path) -> None:
     assert file_digest(tmp_path / "0") == file_digest(tmp_path / "1")
     (tmp_path / "1" / "sub" / "a").write_bytes(b"y")
     assert file_digest(tmp_path / "0") != file_digest(tmp_path / "1")
+
+
+def rows_of(cube: xr.Dataset, only: tuple[Strategy, ...]) -> xr.DataArray:
+    """Mask (keep, noise) of some strategies."""
+    mask = xr.zeros_like(cube["n_samples"].isel(progress=0, drop=True), dtype=bool)
+    for strategy in only:
+        mask.loc[dict(strategy)] = True
+    return mask
+
+
+ONLY = (Strategy(noise=0.5, keep="half"), Strategy(keep="all", noise=2))
+
+
+def test_some_strategies_alone_have_the_numbers_of_a_profile_of_all(folder: Path, tmp_path: Path) -> None:
+    whole, _ = profile(LineTask(), folder, tmp_path / "whole.nc", options=OPTIONS)
+    some = ProfileOptions(samples=40, seed=3, only=ONLY, checkpoints=(0, 2))  # no race, whatever the allocation
+    assert expected_work(LineTask(), folder, tmp_path / "cube.nc", some) == (4, 2 * 40 * 5.0, 2 * 40 * 5.0)
+    tree, summary = profile(LineTask(), folder, tmp_path / "cube.nc", options=some)
+    assert summary.measured == 4 and summary.units == 2 * (40 * 5.0 + 4 * 8 * 3)
+    mask = rows_of(tree.dataset, ONLY) & tree["progress"].isin([0, 1])
+    assert (tree["status"] == xr.where(mask, DONE, PENDING)).all()
+    for ours, theirs in ((tree.dataset, whole.dataset), *[[t["param_groups"].dataset for t in (tree, whole)]]):
+        for name in (str(n) for n in ours.data_vars if "keep" in ours[n].dims and "progress" in ours[n].dims):
+            if ours[name].dtype.kind == "f":
+                xr.testing.assert_identical(ours[name].where(mask, 0), theirs[name].where(mask, 0))
+    assert profile(LineTask(), folder, tmp_path / "cube.nc", options=some)[1].units == 0
+
+
+def test_more_samples_for_some_strategies_leave_the_others_as_they_are(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cube.nc"
+    before, _ = profile(LineTask(), folder, out, options=OPTIONS)
+    more = ProfileOptions(samples=64, seed=3, only=ONLY, checkpoints=(1,))
+    assert expected_work(LineTask(), folder, out, more)[0] == 2
+    after, summary = profile(LineTask(), folder, out, options=more)
+    fresh, _ = profile(LineTask(), folder, tmp_path / "fresh.nc", options=dataclasses.replace(OPTIONS, samples=64))
+    assert (summary.measured, summary.reused) == (2, 16)
+    mask = rows_of(after.dataset, ONLY) & (after["progress"] == 0.5)
+    assert (after["n_samples"] == xr.where(mask, 64, 40)).all()
+    for name in ("bias_sq", "variance_se", "moment_cov", "descent", "cell_key"):
+        xr.testing.assert_identical(after[name].where(~mask), before[name].where(~mask))
+        xr.testing.assert_identical(after[name].where(mask), fresh[name].where(mask))
+    assert json.loads(after.attrs["races_json"]) == {}
+    fewer = dataclasses.replace(more, samples=48)
+    assert profile(LineTask(), folder, out, options=fewer)[1].units == 0
+
+
+def test_only_strategies_of_the_grid_can_be_chosen(folder: Path, tmp_path: Path) -> None:
+    for only, message in (
+        ((Strategy(keep="all", noise=1),), "noise=1 is not on the grid; noise is one of 0, 0.5, 2"),
+        ((Strategy(keep="all"),), "gives no value for axis 'noise'"),
+        ((), "no strategy is chosen"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            profile(LineTask(), folder, tmp_path / "cube.nc", options=dataclasses.replace(OPTIONS, only=only))
+    assert not (tmp_path / "cube.nc").exists()
+
+
+def test_stages_that_make_no_schedule_are_the_tasks_error(folder: Path, tmp_path: Path) -> None:
+    class Odd(LineTask):
+        def training(self, folder):  # type: ignore[no-untyped-def]
+            return {"stages": [{"start": 0, "end": 0.5, "cost": 3, "mixture": [[{"keep": "all", "noise": 0}, 1]]}]}
+
+    with pytest.raises(TaskError, match=r"training: stages\[0\].end: 0.5 must be 1"):
+        profile(Odd(), folder, tmp_path / "cube.nc", options=OPTIONS)
+
+
+def test_the_pilot_of_a_bundled_run_is_its_schedule(small_run: Path, tmp_path: Path) -> None:
+    task = PretrainTask.from_folder(small_run)
+    options = ProfileOptions(samples=48, only=(task.grid.reference,), checkpoints=(0,), metrics=("euclidean",))
+    tree, _ = profile(task, small_run, tmp_path / "cube.nc", options=options)
+    found = profile_of(tree.to_dataset(), metric="euclidean").pilot
+    trained = Schedule.from_json(load_checkpoint(task.checkpoints(small_run)[-1].path)["schedule"])
+    assert found is not None and len(found) == 1 and len(found[0].mixture) == 4
+    assert [(s.start, s.end, s.mixture, s.cost) for s in found] == [
+        (s.start, s.end, s.mixture, s.cost) for s in trained.stages
+    ]

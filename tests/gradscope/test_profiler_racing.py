@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 from gradscope import Grid, ProfileOptions, profile
-from gradscope.cube import DONE, FAILED
+from gradscope.cube import DONE, FAILED, contenders_of
 from gradscope.errors import Interrupted, TaskError
 from gradscope.profiler import expected_work
 from gradscope.tasks import PretrainTask
@@ -232,3 +232,40 @@ def test_any_error_of_a_strategy_is_a_failed_cell(folder: Path, tmp_path: Path) 
 
     tree, summary = profile(Odd(), folder, tmp_path / "cube.nc", options=RACING)
     assert (tree["status"] == FAILED).sum() == 6 and "IndexError: list index" in str(summary.failures)
+
+
+def test_a_strategy_that_left_counts_again_once_it_has_the_samples(folder: Path, tmp_path: Path) -> None:
+    """What is measured by name outside of the race neither enters its book nor makes a plain profile go on."""
+    out = tmp_path / "cube.nc"
+    tree, _ = profile(LineTask(), folder, out, options=RACING)
+    cube = tree.to_dataset()
+    names, counts = LineTask.grid.strategies(), cube["n_samples"].values.reshape(3, -1)
+    before = contenders_of(cube, "euclidean")["ca-mse"]
+    most = [int(counts[t][before[t]].max()) for t in range(3)]
+    t, c = next((t, c) for t in range(3) for c in range(6) if not before[t, c])
+    assert counts[t, c] < most[t]
+    named = dataclasses.replace(RACING, only=(names[c],), checkpoints=(t,))
+    fewer, _ = profile(LineTask(), folder, out, options=dataclasses.replace(named, samples=most[t] - 8))
+    np.testing.assert_array_equal(contenders_of(fewer.to_dataset(), "euclidean")["ca-mse"], before)
+    enough, _ = profile(LineTask(), folder, out, options=dataclasses.replace(named, samples=most[t]))
+    expected = before.copy()
+    expected[t, c] = True
+    np.testing.assert_array_equal(contenders_of(enough.to_dataset(), "euclidean")["ca-mse"], expected)
+    assert enough.attrs["races_json"] == tree.attrs["races_json"]
+    changed = (enough["n_samples"] != tree["n_samples"]).values.reshape(3, -1)
+    assert changed.sum() == 1 and changed[t, c]
+
+
+def test_races_after_some_strategies_were_measured_by_name_are_the_same_races(
+    folder: Path, tmp_path: Path, whole: xr.DataTree
+) -> None:
+    named = dataclasses.replace(RACING, samples=64, only=tuple(LineTask.grid.strategies()[1:3]))
+    first, _ = profile(LineTask(), folder, tmp_path / "cube.nc", options=named)
+    assert first.attrs["races_json"] == "{}" and int((first["status"] == DONE).sum()) == 6
+    plain, _ = profile(LineTask(), folder, tmp_path / "cube.nc", options=RACING)
+    assert plain.attrs["races_json"] == whole.attrs["races_json"]
+    same = (plain["n_samples"] == whole["n_samples"]) & (whole["status"] == DONE)
+    assert int(same.sum()) >= 12
+    for name in ("bias_sq", "variance", "moment_cov", "influence"):
+        np.testing.assert_array_equal(plain[name].where(same, 0), whole[name].where(same, 0))
+    assert profile(LineTask(), folder, tmp_path / "cube.nc", options=RACING)[1].units == 0

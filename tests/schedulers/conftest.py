@@ -41,3 +41,39 @@ def raw_profile() -> Callable[..., Profile]:
         return Profile(**{**fields, **changes})
 
     return build
+
+
+@pytest.fixture
+def worth() -> Criterion:
+    """A criterion that is the moment inner itself: higher is better, any number may be planted."""
+    return Criterion("worth", "worth", False, lambda moments, cost, *, beta, batch_size, reference_cost: moments.inner)
+
+
+@pytest.fixture
+def worth_profile() -> Callable[..., Profile]:
+    """`worth_profile(worth (T, C), cost)`: a profile of a run of 1000 units whose `worth` scores are given.
+
+    Points are equally spaced from 0 to 1, strategies are mode=0, 1, ..., of which the first is the reference; all
+    cost 1 unit per sample unless told otherwise.
+    """
+
+    def build(worth: Any, cost: Any = None, **changes: Any) -> Profile:
+        values = np.asarray(worth, dtype=float)
+        points, strategies = values.shape
+        ones = np.ones_like(values)
+        fields: dict[str, Any] = {
+            "grid": Grid({"mode": tuple(range(strategies))}, Strategy(mode=0)),
+            "progress": np.linspace(0, 1, points) if points > 1 else np.array([0.5]),
+            "cost": np.ones(strategies) if cost is None else np.asarray(cost, dtype=float),
+            "moments": Moments(ones, ones, ones, values, ones),
+            "covariance": None,
+            "batch_size": 8,
+            "beta": 32.0,
+            "metric": "euclidean",
+            "cost_model": "tokens",
+            "digest": "d1",
+            "reference_budget": 1000.0,
+        }
+        return Profile(**{**fields, **changes})
+
+    return build

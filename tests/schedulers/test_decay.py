@@ -1,3 +1,4 @@
+import doctest
 import math
 
 import pytest
@@ -5,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schedulers import DECAY_KINDS, Decay, UsageError
+from schedulers import decay as decay_module
 
 
 def test_polynomial_stays_above_cosine_late_in_training() -> None:
@@ -60,3 +62,7 @@ def test_values_out_of_range_are_refused(arguments: dict, match: str) -> None:
 def test_a_fraction_below_zero_is_refused(fraction: float) -> None:
     with pytest.raises(UsageError, match="fraction="):
         Decay().factor(fraction)
+
+
+def test_the_examples_of_the_docstring_hold() -> None:
+    assert doctest.testmod(decay_module) == (0, 2)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from schedulers import Grid, Moments, Profile, Strategy, UsageError, criterion_se
+from schedulers import Criterion, Grid, Moments, Profile, Stage, Strategy, UsageError, criterion_se, optimize
 from schedulers.profile import interpolate
 
 GRID = Grid({"mode": ("a", "b")}, Strategy(mode="b"))
@@ -121,6 +121,15 @@ def test_the_reference_is_found_by_its_position() -> None:
         ({"cost": np.array([0.0, 1.0])}, "cost must be positive"),
         ({"cost": np.array([np.inf, 1.0])}, "cost must be positive"),
         ({"covariance": np.zeros((3, 2, 4, 4))}, "covariance has shape"),
+        ({"influence": np.zeros((3, 2, 5))}, r"influence has shape \(3, 2, 5\), not \(3, 2, 5, R\)"),
+        ({"influence": np.zeros((3, 2, 4, 8))}, "influence has shape"),
+        ({"influence": np.zeros((3, 2, 5, 0))}, "influence has shape"),
+        ({"influence": np.full((3, 2, 5, 1), np.nan)}, "influence must be finite"),
+        ({"seconds": np.array([1.0])}, "seconds has shape .*; the grid has 2 strategies"),
+        ({"seconds": np.array([0.0, 1.0])}, "seconds must be positive"),
+        ({"memory": np.array([-1.0, 1.0])}, "memory must be positive"),
+        ({"pilot": ()}, "pilot: stages"),
+        ({"pilot": (Stage(0.0, 0.5, ((Strategy(mode="a"), 1.0),), 1.0),)}, r"pilot: stages\[0\].end"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"beta": np.nan}, "beta=nan"),
     ],
@@ -132,3 +141,32 @@ def test_a_profile_that_does_not_fit_together_is_refused(changes: dict, match: s
 
 def test_an_unknown_cost_is_allowed() -> None:
     assert np.isnan(profile(cost=np.array([np.nan, 4.0])).scores("descent", [0.5])[0]).tolist() == [[True, False]]
+
+
+def test_optional_fields_are_kept_and_may_be_partly_unknown() -> None:
+    pilot = (Stage(0.0, 1.0, ((Strategy(mode="a"), 0.5), (Strategy(mode="b"), 0.5)), 2.5),)
+    found = profile(influence=np.ones((3, 2, 5, 7), np.float32), seconds=[np.nan, 2], memory=[1, np.nan], pilot=pilot)
+    assert found.influence is not None and found.influence.dtype == np.float64
+    assert_allclose(found.seconds, [np.nan, 2])
+    assert_allclose(found.memory, [1, np.nan])
+    assert found.pilot == pilot
+    plain = profile()
+    assert (plain.influence, plain.seconds, plain.memory, plain.pilot) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
+@pytest.mark.parametrize("worth", [3.0, 0.0, -3.0, 1e-300])
+def test_a_strategy_that_left_a_race_never_ties_with_the_one_that_won_it(worth: float, lower_is_better: bool) -> None:
+    """The first strategy of the grid left with the luck of few samples; a tie would go to it."""
+    sign = -1 if lower_is_better else 1
+    planted = Criterion("raw", "raw", lower_is_better, lambda m, cost, *, beta, batch_size, reference_cost: m.bias_sq)
+    lucky, best = sign * (worth + 1), sign * worth
+    ones = np.ones((3, 2))
+    moments = Moments(ones * [[lucky, best]], ones, ones, ones, ones)
+    raced = profile(moments=moments, contenders={"raw": np.array([[False, True]] * 3)})
+    score, _ = raced.scores(planted, [0.0, 0.3, 1.0])
+    assert (sign * score[:, 0] < sign * score[:, 1]).all()
+    assert_allclose(score[:, 0], best, rtol=1e-8, atol=1e-8)
+    assert_allclose(score[:, 1], best, rtol=1e-12)
+    assert optimize(raced, 1e6, criterion=planted).strategies == (Strategy(mode="b"),)
+    assert optimize(profile(moments=moments), 1e6, criterion=planted).strategies == (Strategy(mode="a"),)

@@ -57,8 +57,21 @@ def schedules(draw) -> Schedule:
         )
         shares = draw(st.lists(st.integers(1, 9), min_size=len(strategies), max_size=len(strategies)))
         mixture = tuple((s, share / sum(shares)) for s, share in zip(strategies, shares, strict=True))
-        score = draw(st.none() | FINITE)
-        stages.append(Stage(start, end, mixture, draw(POSITIVE), score, draw(st.none() | POSITIVE)))
+        progress = draw(st.none() | st.lists(st.floats(0, 2), min_size=2, max_size=2).map(sorted).map(tuple))
+        stages.append(
+            Stage(
+                start=start,
+                end=end,
+                mixture=mixture,
+                cost=draw(POSITIVE),
+                score=draw(st.none() | FINITE),
+                score_se=draw(st.none() | POSITIVE),
+                progress=progress,
+                probability=draw(st.none() | st.floats(0, 1)),
+                regret=draw(st.none() | POSITIVE),
+                rival=draw(st.none() | st.fixed_dictionaries({a: values for a in axes}).map(Strategy)),
+            )
+        )
     return Schedule(
         stages=tuple(stages),
         budget=draw(st.none() | POSITIVE),
@@ -66,6 +79,8 @@ def schedules(draw) -> Schedule:
         cost_model=draw(NAMES),
         criterion=draw(st.none() | NAMES),
         metric=draw(st.none() | NAMES),
+        progress_mode=draw(st.sampled_from(["fraction", "trajectory"])),
+        predicted=draw(st.dictionaries(NAMES, JSON_VALUES, max_size=3)),
         constraints=draw(st.dictionaries(NAMES, JSON_VALUES, max_size=3)),
         cube_digest=draw(NAMES),
         library_version=draw(NAMES),
@@ -77,7 +92,7 @@ def schedules(draw) -> Schedule:
 def test_json_brings_a_schedule_back(schedule: Schedule) -> None:
     text = schedule.to_json()
     assert Schedule.from_json(text) == schedule
-    assert json.loads(text)["schema_version"] == 1
+    assert json.loads(text)["schema_version"] == 2
 
 
 @settings(deadline=None)
@@ -106,6 +121,42 @@ def test_the_text_holds_what_a_person_edits() -> None:
             "score_se": None,
         },
     ]
+
+
+def test_predictions_are_written_where_they_are_known() -> None:
+    first, second = two_stages().stages
+    first = dataclasses.replace(first, progress=(0.0, 0.25), probability=0.875, regret=0.125, rival=BASE)
+    schedule = two_stages(stages=(first, second), progress_mode="trajectory", predicted={"progress": 0.5})
+    text = schedule.to_json()
+    assert '"rival": { "patch": 16, "dropout": 0 }' in text
+    values = json.loads(text)
+    stage = values["stages"][0]
+    assert (stage["progress"], stage["probability"], stage["regret"]) == ([0.0, 0.25], 0.875, 0.125)
+    assert not {"progress", "probability", "regret", "rival"} & set(values["stages"][1])
+    assert (values["predicted"], values["progress_mode"]) == ({"progress": 0.5}, "trajectory")
+    assert Schedule.from_json(text) == schedule
+
+
+def test_a_file_of_version_1_is_read() -> None:
+    schedule = load_schedule(Path(__file__).parent.parent / "data" / "schedule-v1.json")
+    large, middle, base = (Strategy(patch=p, dropout=d) for p, d in ((7, 0.5), (4, 0), (2, 0)))
+    assert schedule == Schedule(
+        stages=(
+            Stage(0.0, 0.35, ((large, 1.0),), 0.875, 0.71, 0.012),
+            Stage(0.35, 0.8, ((middle, 0.925), (large, 0.05), (base, 0.025)), 1.24375, 0.44),
+            Stage(0.8, 1.0, ((base, 1.0),), 4.0),
+        ),
+        budget=300_000.0,
+        batch_size=64,
+        criterion="descent",
+        metric="optimizer",
+        constraints={"allowed": None, "monotone": ["cost"], "max_switches": 2, "min_dwell": 0.0}
+        | {"final_reference": 0.2, "slices": 100, "exploration": 0.075},
+        cube_digest="5b0e",
+        library_version="0.1.0",
+    )
+    assert all(stage.progress is stage.probability is stage.rival is stage.regret is None for stage in schedule.stages)
+    assert (schedule.predicted, schedule.progress_mode) == ({}, "fraction")
 
 
 def test_a_short_hand_written_file_is_enough() -> None:
@@ -162,6 +213,18 @@ def test_the_edited_text_is_valid_before_the_edit() -> None:
         ({STAGE + "cost": 0}, r"^stages\[1\]\.cost: 0\.0 must be a positive number"),
         ({STAGE + "cost": 10**400}, r"^stages\[1\]\.cost: expected a finite number"),
         ({STAGE + "score_se": -1}, r"^stages\[1\]\.score_se: -1\.0"),
+        ({STAGE + "progress": 0.5}, r"^stages\[1\]\.progress: expected a list in brackets, found 0\.5"),
+        ({STAGE + "progress": [0.5]}, r"^stages\[1\]\.progress: expected two numbers, found \[0\.5\]"),
+        ({STAGE + "progress": [0, "1"]}, r'^stages\[1\]\.progress\[1\]: expected a number, found "1"'),
+        ({STAGE + "progress": [0.5, 0.4]}, r"^stages\[1\]\.progress: \[0\.5, 0\.4\] must be .* do not fall"),
+        ({STAGE + "progress": [-0.1, 0.4]}, r"^stages\[1\]\.progress: \[-0\.1, 0\.4\] must be .* at least 0"),
+        ({STAGE + "probability": 1.5}, r"^stages\[1\]\.probability: 1\.5 is not a probability in \[0, 1\]"),
+        ({STAGE + "probability": "high"}, r"^stages\[1\]\.probability: expected a number"),
+        ({STAGE + "regret": -0.1}, r"^stages\[1\]\.regret: -0\.1 must be a number of at least 0"),
+        ({STAGE + "rival": "patch=16"}, r"^stages\[1\]\.rival: expected an object in braces"),
+        ({STAGE + "rival": {"patch": [16]}}, r"^stages\[1\]\.rival: axis 'patch': \[16\] is neither"),
+        ({STAGE + "rival": {"patch": 16}}, r"^stages\[1\]\.rival: patch=16 has other axes than patch=30,dropout=0\.5"),
+        ({"predicted": [0.5]}, r"^predicted: expected an object"),
         ({STAGE + "samples": "many"}, r"^stages\[1\]\.samples: expected a number"),
         ({STAGE + "ned": 0.5}, r"^stages\[1\]\.ned: unknown field; known here: .*start, end"),
         ({STAGE + "strategy": ...}, r"^stages\[1\]\.strategy: this field is missing"),
@@ -178,7 +241,7 @@ def test_the_edited_text_is_valid_before_the_edit() -> None:
         ({"stages.2.mixture.1.wieght": 1}, r"^stages\[2\]\.mixture\[1\]\.wieght: unknown field"),
         ({"stages.2.mixture.1.strategy": {"patch": 16, "dropout": 0}}, r"^stages\[2\]\.mixture\[1\].* is given twice"),
         ({"stages.2.mixture.1.strategy": {"patch": 16}}, r"^stages\[2\]\.mixture\[1\].*: patch=16 has other axes"),
-        ({"schema_version": 2}, r"^schema_version: 2 is newer than 1, the newest this version reads; upgrade"),
+        ({"schema_version": 3}, r"^schema_version: 3 is newer than 2, the newest this version reads; upgrade"),
         ({"schema_version": 0}, r"^schema_version: 0 was never a version"),
         ({"schema_version": "1"}, r"^schema_version: expected a whole number"),
         ({"schema_version": ...}, r"^schema_version: this field is missing"),
@@ -186,7 +249,10 @@ def test_the_edited_text_is_valid_before_the_edit() -> None:
         ({"budget": "100M"}, r'^budget: expected a number, found "100M"'),
         ({"batch_size": 0}, r"^batch_size: 0 must be at least 1"),
         ({"batch_size": 2.5}, r"^batch_size: expected a whole number, found 2\.5"),
-        ({"progress_mode": "trajectories"}, r"^progress_mode: 'trajectories' is not known; it is one of fraction"),
+        (
+            {"progress_mode": "trajectories"},
+            r"^progress_mode: 'trajectories' is not known; it is one of fraction, trajectory",
+        ),
         ({"constraints": []}, r"^constraints: expected an object"),
         ({"criterion": 3}, r"^criterion: expected a text in quotes, found 3"),
         ({"notes": "mine"}, r"^notes: unknown field; known here: schema_version"),
@@ -229,6 +295,10 @@ def test_what_is_not_a_schedule_at_all_is_refused(text: str, match: str) -> None
         ({"budget": math.inf}, "^budget: inf"),
         ({"constraints": {"min_dwell": math.nan}}, "^constraints: .* without NaN"),
         ({"constraints": {"allowed": object()}}, "^constraints: "),
+        ({"predicted": {"progress": math.inf}}, "^predicted: .* without NaN"),
+        ({"stages": (Stage(0.0, 1.0, ((BASE, 1.0),), 4.0, progress=(0.0, math.nan)),)}, r"^stages\[0\]\.progress: "),
+        ({"stages": (Stage(0.0, 1.0, ((BASE, 1.0),), 4.0, probability=math.nan),)}, r"^stages\[0\]\.probability: nan"),
+        ({"stages": (Stage(0.0, 1.0, ((BASE, 1.0),), 4.0, regret=math.nan),)}, r"^stages\[0\]\.regret: nan"),
     ],
 )
 def test_a_schedule_that_could_not_be_written_cannot_be_made(changes: dict, match: str) -> None:
@@ -246,13 +316,71 @@ def test_the_stage_of_a_fraction() -> None:
 
 def test_samples_cost_and_strategies() -> None:
     schedule = two_stages()
-    assert [schedule.samples(stage) for stage in schedule.stages] == pytest.approx([400 / 2, 600 / 4])
+    assert [schedule.stage_samples(stage) for stage in schedule.stages] == pytest.approx([400 / 2, 600 / 4])
     assert schedule.total_samples == pytest.approx(350)
     assert schedule.cost == pytest.approx(1000 / 350)
     assert schedule.strategies == (LARGE, BASE)
     assert [stage.pure for stage in schedule.stages] == [True, False]
     with pytest.raises(UsageError, match="has no budget"):
         _ = two_stages(budget=None).total_samples
+
+
+def run_of_whole_steps(schedule: Schedule, batch: int) -> tuple[int, float]:
+    """Steps and units of the trainer's loop, written out: look at the fraction, pay for a step or stop."""
+    assert schedule.budget is not None
+    units, steps = 0.0, 0
+    while True:
+        step = batch * schedule.at(units / schedule.budget).cost
+        if units + step > schedule.budget:
+            return steps, units
+        units += step
+        steps += 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 999), st.integers(1, 64)), max_size=5, unique_by=lambda entry: entry[0]),
+    st.integers(1, 64),
+    st.integers(1, 5000),
+    st.integers(1, 30),
+)
+def test_steps_are_those_of_the_loop(cuts: list[tuple[int, int]], last: int, budget: int, batch: int) -> None:
+    """Costs are sixteenths, whose sums are exact in doubles, so that the loop takes no step by rounding."""
+    cuts = sorted(cuts)
+    edges = [0.0, *(end / 1000 for end, _ in cuts), 1.0]
+    costs = [*(cost / 16 for _, cost in cuts), last / 16]
+    stages = tuple(
+        Stage(*ends, ((BASE, 1.0),), cost) for ends, cost in zip(itertools.pairwise(edges), costs, strict=True)
+    )
+    schedule = Schedule(stages=stages, budget=float(budget))
+    steps, units = run_of_whole_steps(schedule, batch)
+    assert schedule.steps(batch) == steps
+    assert schedule.samples(batch) == steps * batch
+    assert budget - batch * max(costs) < units <= budget
+
+
+@settings(deadline=None)
+@given(POSITIVE, st.integers(1, 1000), st.integers(1, 300))
+def test_a_budget_of_so_many_steps_pays_for_them(cost: float, batch: int, count: int) -> None:
+    """The loop's sum of rounded costs may end a step early, the exact count may not."""
+    schedule = dataclasses.replace(constant_schedule(BASE, cost), budget=cost * batch * count)
+    assert schedule.steps(batch) in (count - 1, count)  # the product is rounded too
+    assert abs(run_of_whole_steps(schedule, batch)[0] - schedule.steps(batch)) <= 1
+
+
+def test_whole_steps_never_exceed_the_budget_and_may_run_over_an_edge() -> None:
+    schedule = two_stages()  # 400 units at 2 a sample, then 600 at 4
+    assert (schedule.steps(8), schedule.samples(8)) == (25 + 18, 43 * 8)  # 25 · 16 = 400; 18 · 32 = 576 of 600
+    assert schedule.steps(30) == 7 + 4  # 7 · 60 = 420, over the edge at 400; 4 · 120 = 480 of the 580 left
+    assert schedule.steps(300) == 1  # 600; another 1,200 do not fit
+    assert schedule.steps(501) == 0
+    assert dataclasses.replace(schedule, budget=1e15).steps(8) == pytest.approx(1e15 * (0.4 / 16 + 0.6 / 32))
+    third = Schedule(stages=(Stage(0.0, 1.0, ((BASE, 1.0),), 19 / 14),), budget=19.0)
+    assert third.steps(1) == 14
+    with pytest.raises(UsageError, match="batch=0 must be at least 1 sample"):
+        schedule.steps(0)
+    with pytest.raises(UsageError, match="has no budget"):
+        two_stages(budget=None).samples(8)
 
 
 def test_a_weight_of_zero_neither_counts_nor_runs() -> None:

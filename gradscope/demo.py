@@ -22,6 +22,7 @@ from gradscope.report import write_report
 from gradscope.tasks import PretrainTask
 from gradscope.trainer import TrainResult, read_log, train
 from schedulers import constant_schedule, format_count, mixed_schedule, optimize, save_schedule, token_cost
+from schedulers.uncertainty import DRAWS
 
 BUDGET = 120e3
 SAMPLES = 1024  # most per cell of the profile
@@ -110,7 +111,7 @@ def run_demo(
             options=ProfileOptions(samples=SAMPLES),
             report=progress.update,
         )
-    schedule = optimize(profile_of(tree.dataset), budget)
+    schedule = optimize(profile_of(tree.dataset), budget, draws=DRAWS)
     save_schedule(schedule, out / "schedule.json")
     optimized = trained(OPTIMIZED, "3/4 optimized", schedule)
     plain = trained(PLAIN, "4/4 none", constant_schedule(config.reference, cost(config.reference)))

@@ -81,21 +81,58 @@ def _best_cell(best: Best | None) -> str:
 
 
 def schedule_table(schedule: Schedule, view: CubeView | None) -> str:
-    """The stages with predicted score, and what the budget pays for compared with the reference."""
-    criterion = escaped(schedule.criterion or "score")
-    budget = schedule.budget
-    header = ["budget", "strategy", "units per sample", *(["samples"] if budget else []), f"predicted {criterion}"]
+    """The stages with what is predicted of them, and what the budget pays for compared with the reference."""
+    budget, stages = schedule.budget, schedule.stages
+    moves, sure = (any(getattr(s, name) is not None for s in stages) for name in ("progress", "probability"))
+    header = ["budget", "strategy", "units per sample", *(["samples"] if budget else [])]
+    header += ["predicted progress"] if moves else []
+    header += [f"predicted {escaped(schedule.criterion or 'score')}"]
+    header += ["the best strategy there<br><small>with probability</small>"] if sure else []
     rows = [
         [
             _span(stage, budget),
             _mixture(stage),
             number(stage.cost),
             *([format_count(schedule.stage_samples(stage))] if budget else []),
+            *([_progress(stage)] if moves else []),
             _score(stage),
+            *([_probability(stage)] if sure else []),
         ]
-        for stage in schedule.stages
+        for stage in stages
     ]
-    return table_html(header, rows, right=range(2, len(header))) + _samples_sentence(schedule, view)
+    text = table_html(header, rows, right=range(2, len(header))) + _samples_sentence(schedule, view)
+    return text + _predicted_sentence(schedule)
+
+
+def _progress(stage: Stage) -> str:
+    return "" if stage.progress is None else f"{stage.progress[0]:.2f} to {stage.progress[1]:.2f}"
+
+
+def _probability(stage: Stage) -> str:
+    if stage.probability is None:
+        return ""
+    if stage.rival is None:
+        return f"{stage.probability:.0%}"
+    short = "" if stage.regret is None else f", {stage.regret:.1%} better then"
+    return f"{stage.probability:.0%}<br><small>else {escaped(strategy_text(stage.rival))}{short}</small>"
+
+
+def _predicted_sentence(schedule: Schedule) -> str:
+    """What `optimize` expected of the schedule as a whole, "" for one made by hand."""
+    predicted, said = schedule.predicted, list[str]()
+    end, alone, speed_up = (predicted.get(name) for name in ("progress", "progress_reference", "speed_up"))
+    if isinstance(end, float) and isinstance(alone, float):
+        more = f", {speed_up:.2f} times as fast" if isinstance(speed_up, float) else ""
+        said.append(
+            f"Predicted by the speed that strategies earn: progress {end:.2f} of the profiled run, where the reference "
+            f"alone would reach {alone:.2f}{more}."
+        )
+        if predicted.get("beyond_profile"):
+            said.append("Past the profiled run's end its last measurements are held.")
+    regret = predicted.get("regret")
+    if isinstance(regret, float):
+        said.append(f"A schedule from perfect measurements is expected to be {regret:.1%} better.")
+    return f"<p>{' '.join(said)}</p>" if said else ""
 
 
 def _score(stage: Stage) -> str:

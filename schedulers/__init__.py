@@ -20,7 +20,7 @@ from schedulers.counts import format_count, parse_count
 from schedulers.criteria import CRITERIA, MOMENTS, Criterion, Moments, criterion_se, get_criterion, readable
 from schedulers.decay import DECAY_KINDS, Decay
 from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, UsageError
-from schedulers.optimizer import optimize, predict, reference_progress, smallest_budget, undecided_share
+from schedulers.optimizer import optimize, predict, reference_progress, smallest_budget
 from schedulers.profile import Profile
 from schedulers.program import solve
 from schedulers.racing import RaceRule, boundary_cells, contenders
@@ -85,5 +85,4 @@ __all__ = [
     "solve",
     "token_cost",
     "token_counts",
-    "undecided_share",
 ]

@@ -13,7 +13,7 @@ from schedulers.constraints import UNCONSTRAINED, Constraints, allowed_strategie
 from schedulers.counts import format_count
 from schedulers.criteria import Criterion
 from schedulers.errors import InfeasibleError, UsageError
-from schedulers.mixing import shared_mean
+from schedulers.mixing import mixed
 from schedulers.problem import Problem
 from schedulers.profile import Profile
 from schedulers.program import FloatArray, IntArray
@@ -55,7 +55,8 @@ def optimize(
     (`trajectory.Speeds`), and the progress reached at the end is largest; the schedule then depends on the budget.
     Default: `default_mode`. Both are exact (`program.best_path`): progress is carried as it is, not in bins.
     With `max_seconds` the fraction mode is exact too (`program_sum_within`); the trajectory keeps the limit exactly and
-    finds the best schedule up to what `program_within` forgets: `predicted["exact"]` says whether anything was.
+    finds the best schedule up to what `program_within` forgets. Where a slice has more than 4,000 labels, and more than 8
+    for each strategy, their motion is looked up in a table. `predicted["exact"]` says whether the result is exact.
 
     Neighbouring slices of one strategy become a stage, with the mean score of its slices and the mean of their
     standard errors, since slices between the same checkpoints err together. With `exploration` e > 0 a stage runs its
@@ -148,7 +149,8 @@ def predict(
 ) -> list[float]:
     """Predicted progress at the start of every stage and at the end, for any schedule on the profile's grid.
 
-    Mixtures move at the mean speed of what they draw, by shares of the budget. Raises UsageError for a strategy
+    Mixtures move at the mean speed of what they draw, by shares of the budget, and not at all where the speed of one of
+    its strategies is not known. Raises UsageError for a strategy
     off the grid, and what `speeds` raises.
     """
     motion, positions = speeds(profile, criterion), [0.0]
@@ -157,19 +159,10 @@ def predict(
         for strategy, weight in stage.mixture:
             c = int(np.ravel_multi_index(profile.grid.position(strategy), profile.grid.shape))
             share[c] += weight * profile.cost[c] if weight else 0.0
-        mixed = replace(motion, speed=shared_mean(share / share.sum(), motion.speed)[:, None])
+        mixture = replace(motion, speed=mixed((share / share.sum())[None], motion.speed))
         units = (stage.end - stage.start) * budget
-        positions.append(float(mixed.advance(np.array(positions[-1:]), units, np.array([0]))[0]))
+        positions.append(float(mixture.advance(np.array(positions[-1:]), units, np.array([0]))[0]))
     return positions
-
-
-def undecided_share(profile: Profile, schedule: Schedule, criterion: str | Criterion, *, slices: int = SLICES) -> float:
-    """Share of the budget whose stages are less than 90 % sure of their strategy; 0 where nothing is known of it."""
-    return math.fsum(
-        stage.end - stage.start
-        for stage in schedule.stages
-        if stage.probability is not None and stage.probability < 0.9
-    )
 
 
 def _mode(profile: Profile, progress: str | None) -> str:

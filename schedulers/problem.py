@@ -133,11 +133,10 @@ class Problem:
         pure, mixture, final, unit = self.speeds, self.mixed_speeds, self.final, budget / self.slices
         tables: dict[tuple[bool, int], Motion] = {}
         reach = [0.0]
-        few = max(MANY_LABELS, 8 * len(self.weights))  # a table is made for every strategy
 
         def moved(explores: bool, count: int, values: FloatArray, strategies: IntArray) -> FloatArray:
             motion = mixture if explores else pure
-            if values.size <= few:
+            if values.size <= self._few:
                 return motion.advance(values, count * unit, strategies)
             if not reach[0]:
                 reach[0] = max(1.0, self._farthest(budget)) * 1.001
@@ -152,6 +151,11 @@ class Problem:
             return moved(False, count - exploring, values, strategies) if count > exploring else values
 
         return advance
+
+    @property
+    def _few(self) -> int:
+        """Labels up to which their motion is not looked up in a table: one is made for every strategy."""
+        return max(MANY_LABELS, 8 * len(self.weights))
 
     def _farthest(self, budget: float) -> float:
         """The progress that no path exceeds: that of the best one without any constraint."""
@@ -182,7 +186,8 @@ class Problem:
         """The best path (N,), and whether it is known to be exactly that. Raises InfeasibleError."""
         limit, seconds = self.constraints.max_seconds, self.seconds(budget)
         if limit is None or seconds is None:
-            return best_path(self.rules, self.advance(budget)), True
+            tabulated = self.mode == "trajectory" and self.rules.strategies * self.rules.counted > self._few
+            return best_path(self.rules, self.advance(budget)), not tabulated
         rules = replace(self.rules, usable=self.rules.usable & np.isfinite(seconds))
         seconds = np.where(rules.usable, seconds, 0.0)
         if self.mode == "trajectory":

@@ -58,11 +58,9 @@ def test_every_case_fits_its_images_and_holds_the_figures_of_its_costs() -> None
 
 
 def test_two_batch_sizes_give_the_time_of_a_third() -> None:
-    def step(batch: int) -> float:
-        return 0.5 + 0.02 * batch
-
-    each, fixed = costs.seconds_at_batch(64, {8: step(8) / 8, 2: step(2) / 2})
-    assert each == pytest.approx(step(64) / 64) and fixed == pytest.approx(0.5)
-    assert costs.seconds_at_batch(64, {64: 0.03}) == (0.03, None)
-    each, fixed = costs.seconds_at_batch(64, {2: 1.0, 8: 1.5})  # noise: more than proportional to the batch
-    assert each == 1.5 and fixed == 0
+    per_sample = {"a": 0.02, "b": 0.003}
+    measured = {name: {size: each + 0.5 / size for size in (2, 8)} for name, each in per_sample.items()}
+    found, fixed = costs.seconds_at_batch(64, measured)
+    assert fixed == pytest.approx(0.5)
+    assert found == pytest.approx({name: each + 0.5 / 64 for name, each in per_sample.items()})
+    assert costs.seconds_at_batch(64, {"a": {64: 0.03}}) == ({"a": 0.03}, None)

@@ -6,10 +6,10 @@ A MoCo-v3 step (zero_grad, loss, backward, AdamW) of ViT-Ti and ViT-S on random 
 reference's sequence, under the reference, token dropout, a larger patch (2 or 3 times the side), and both. The ratio
 of a strategy's cost by time to its cost by token counts is 1 where cost is linear in tokens.
 
-All times are those of a batch of 64. A slow device measures two small batches instead and extends the line through
-them, T(b) = fixed + b · per sample: per sample + fixed / 64. `--clock processor` counts the processor time of the
-process, for a machine that is busy with other work (with `--threads 1`: waiting threads spin). A case that is in
-`results/costs-<device>.json` is not run again without `--again`.
+All times are those of a batch of 64. A slow device measures two small batches instead and extends the lines through
+them, T(b) = fixed + b · per sample, whose fixed part all strategies share: per sample + fixed / 64. `--clock
+processor` counts the processor time of the process, for a machine that is busy with other work (with `--threads 1`:
+waiting threads spin). A case that is in `results/costs-<device>.json` is not run again without `--again`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.machine import device_text
@@ -70,11 +71,11 @@ CASES = {
     "tiny-28": Case("tiny", 28, 2, 4, batch_sizes=(2, 8), repeats=3),
     "tiny-120": Case("tiny", 120, 8, 24, batch_sizes=(2, 8), repeats=3),
     "tiny-240": Case("tiny", 240, 16, 48, batch_sizes=(2, 8), repeats=3),
-    "tiny-480": Case("tiny", 480, 16, 48, batch_sizes=(2, 4), repeats=2),
-    "small-28": Case("small", 28, 2, 4, batch_sizes=(2, 6), repeats=1),
-    "small-120": Case("small", 120, 8, 24, batch_sizes=(2, 6), repeats=1),
-    "small-240": Case("small", 240, 16, 48, batch_sizes=(2, 6), repeats=1),
-    "small-480": Case("small", 480, 16, 48, batch_sizes=(2, 4), repeats=1),
+    "tiny-480": Case("tiny", 480, 16, 48, batch_sizes=(2, 12), repeats=2),
+    "small-28": Case("small", 28, 2, 4, batch_sizes=(2, 6), repeats=2),
+    "small-120": Case("small", 120, 8, 24, batch_sizes=(2, 6), repeats=2),
+    "small-240": Case("small", 240, 16, 48, batch_sizes=(2, 6), repeats=2),
+    "small-480": Case("small", 480, 16, 48, batch_sizes=(2, 6), repeats=1),
 }
 QUICK = {"demo-28": Case("demo", 28, 2, 4, batch_sizes=(2, 8), repeats=1)}
 
@@ -88,38 +89,52 @@ def measure(case: Case, device: torch.device, clock: str) -> dict[str, Any]:
         measure_costs(task, model, grid.strategies(), batch_size=size, repeats=case.repeats, clock=CLOCKS[clock])
         for size in case.batch_sizes
     ]
-    times = {s: seconds_at_batch(BATCH, {one.batch_size: one[s].seconds for one in found}) for s in grid.strategies()}
     flops = found[-1].units(task.cost(grid.reference), "flops")
-    base = times[grid.reference][0] / task.cost(grid.reference)
     strategies = {
         str(s): {
             "tokens_query": task.tokens(s)["query"],
             "tokens_key": task.tokens(s)["key"],
             "cost": task.cost(s),
-            "time_over_tokens": round(times[s][0] / base / task.cost(s), 4),
             "flops_over_tokens": round(flops[s] / task.cost(s), 4),
-            "seconds": times[s][0],
-            "fixed_seconds": times[s][1],
             "flops": found[-1][s].flops,
             "memory": found[-1][s].memory,
-            "measured": {one.batch_size: [one[s].seconds, round(one[s].spread, 4)] for one in found},
+            "measured": {str(one.batch_size): one[s].seconds for one in found},
+            "spread": {str(one.batch_size): round(one[s].spread, 4) for one in found},
         }
         for s in grid.strategies()
     }
-    return {**dataclasses.asdict(case), "clock": clock, "date": found[-1].date, "strategies": strategies}
+    entry = {**dataclasses.asdict(case), "clock": clock, "date": found[-1].date, "strategies": strategies}
+    return with_times(entry)
 
 
-def seconds_at_batch(batch: int, seconds: Mapping[int, float]) -> tuple[float, float | None]:
-    """Seconds per sample of a batch, and of a step whatever its batch, from seconds per sample by batch size.
+def with_times(entry: dict[str, Any]) -> dict[str, Any]:
+    """`entry` with each strategy's seconds at a batch of BATCH and their ratio to token counts, from `measured`."""
+    strategies = entry["strategies"]
+    each = {name: {int(size): v for size, v in one["measured"].items()} for name, one in strategies.items()}
+    seconds, fixed = seconds_at_batch(BATCH, each)
+    reference = next(iter(strategies))
+    for name, one in strategies.items():
+        relative = seconds[name] / seconds[reference] * strategies[reference]["cost"]
+        one["seconds"], one["time_over_tokens"] = seconds[name], round(relative / one["cost"], 4)
+    return {**entry, "fixed_seconds": fixed}
 
-    Those of two batch sizes give the line T(b) = fixed + b · per sample, of which neither part is negative; from
-    one alone the fixed part is not known (None), and that batch must be the one asked for.
+
+def seconds_at_batch(batch: int, seconds: Mapping[str, Mapping[int, float]]) -> tuple[dict[str, float], float | None]:
+    """Seconds per sample of a batch, and seconds of a step whatever its batch and strategy.
+
+    `seconds`: by name and batch size, per sample. With two sizes the steps' times are fitted by T(b) = fixed + b · s,
+    where `fixed` (mostly the optimizer) is shared by all and relative errors count, by least squares. With one size
+    the fixed part is not known (None), and it must be the size asked for.
     """
-    if len(seconds) == 1:
-        return seconds[batch], None
-    (small, low), (large, high) = sorted((size, size * each) for size, each in seconds.items())
-    fixed = min(max(low - small * (high - low) / (large - small), 0.0), low, high)
-    return (high - fixed) / large + fixed / batch, fixed
+    names = list(seconds)
+    if all(len(sizes) == 1 for sizes in seconds.values()):
+        return {name: sizes[batch] for name, sizes in seconds.items()}, None
+    equations = [(i, size, size * each) for i, name in enumerate(names) for size, each in seconds[name].items()]
+    matrix = np.zeros((len(equations), 1 + len(names)))
+    for row, (i, size, total) in enumerate(equations):
+        matrix[row, 0], matrix[row, 1 + i] = 1 / total, size / total
+    fixed, *each = (float(value) for value in np.linalg.lstsq(matrix, np.ones(len(equations)), rcond=None)[0])
+    return {name: value + fixed / batch for name, value in zip(names, each, strict=True)}, fixed
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -142,7 +157,10 @@ def _row_of_case(case: Case, entry: Mapping[str, Any], quantity: str) -> Row:
     ratios = [one[f"{quantity}_over_tokens"] for one in entry["strategies"].values()]
     worst = max(ratios, key=lambda ratio: abs(math.log(ratio)))
     clock = "" if quantity == "flops" else f", {entry['clock']} clock"
-    claim = f"costs: {quantity} over token counts, {case.title}, K={BATCH}"
+    sizes = " and ".join(str(size) for size in entry["batch_sizes"])
+    extended = f", from {sizes}" if quantity == "time" and len(entry["batch_sizes"]) > 1 else ""
+    title = {"time": "time", "flops": "FLOPs"}[quantity]
+    claim = f"costs: {title} over token counts, {case.title}, K={BATCH}{extended}"
     return Row(
         claim, worst, f"x, furthest from 1 (interval: all strategies{clock})", min(ratios), max(ratios),
         f"{1 - AIM:g} to {1 + AIM:g}", abs(worst - 1) <= AIM, entry["device"], entry["date"], entry["repeats"],

@@ -120,11 +120,12 @@ def _percent(off: float | None) -> str:
 
 def _cause(title: str, off: float, shorter: bool) -> str:
     """The term of a transformer's cost that makes it deviate to this side of linear."""
-    if (off > 0) == shorter:
-        fixed = "work that is the same at every length (heads" + (", optimizer, launches)" if title == "time" else ")")
-        return f"{fixed} " + ("makes short sequences dearer than linear" if shorter else "weighs less on long ones")
-    effect = ", so those shorter than the reference cost less of it" if shorter else ""
-    return f"attention's quadratic term makes long sequences dearer than linear{effect}"
+    if (off > 0) != shorter:
+        effect = ", so those shorter than the reference cost less of it" if shorter else ""
+        return f"attention's quadratic term makes long sequences dearer than linear{effect}"
+    work = "heads; per step optimizer and launches: measure at the batch you train with" if title == "time" else "heads"
+    effect = "makes short sequences dearer than linear" if shorter else "weighs less on long ones"
+    return f"work that is the same at every length ({work}) {effect}"
 
 
 def _is_reference(row: Row, grid: Grid) -> bool:

@@ -132,7 +132,7 @@ def optimize(
         target = target_progress or reference_progress(profile, match_reference or 0.0, criterion=criterion)
         plan = smallest_budget(profile, target, **given)
     save_schedule(plan, out)
-    command = more_samples_command(dataset, plan)
+    command = more_samples_command(dataset, cube, plan)
     emit(
         {**json.loads(plan.to_json()), "more_samples_command": command},
         _lines(profile, plan, out, command, chosen=progress),
@@ -140,8 +140,8 @@ def optimize(
     )
 
 
-def more_samples_command(cube: xr.Dataset, plan: Schedule) -> str:
-    """The `gradscope profile` command that measures the cells which leave stages open; "" when none do."""
+def more_samples_command(cube: xr.Dataset, path: Path, plan: Schedule) -> str:
+    """The `gradscope profile` command that measures the cells which leave stages open, into `path`; "" when none do."""
     from gradscope.cube import grid_of
     from schedulers import Strategy
 
@@ -153,11 +153,14 @@ def more_samples_command(cube: xr.Dataset, plan: Schedule) -> str:
         have = int(cube["n_samples"].values[(wish["checkpoint"], *grid.position(Strategy(wish["strategy"])))])
         samples = max(samples, have * wish["times"])
     only = dict.fromkeys(str(Strategy(wish["strategy"])) for wish in wishes)
-    parts = [str(cube.attrs.get("profile_command") or "gradscope profile CKPT_DIR")]
+    parts = shlex.split(str(cube.attrs.get("profile_command") or "gradscope profile CKPT_DIR"))
+    if "--out" in parts:  # where it was written first; this is the file that was read
+        at = parts.index("--out")
+        del parts[at : at + 2]
+    parts += [] if str(path) == "cube.nc" else ["--out", str(path)]
     parts += ["--checkpoints", ",".join(str(t) for t in sorted({wish["checkpoint"] for wish in wishes}))]
-    for text in only:
-        parts += ["--only", shlex.quote(text)]
-    return " ".join([*parts, "--samples", str(samples)])
+    parts += [word for text in only for word in ("--only", text)]
+    return shlex.join([*parts, "--samples", str(samples)])
 
 
 def _lines(profile: Profile, plan: Schedule, out: Path, command: str, *, chosen: str | None) -> list[str]:
@@ -256,8 +259,7 @@ def _doubt_lines(plan: Schedule, command: str) -> list[str]:
     if "regret" in plan.predicted:
         what = "progress" if plan.progress_mode == "trajectory" else "mean score"
         lines.append(
-            f"a schedule from perfect measurements is expected to be {plan.predicted['regret']:.1%} better "
-            f"({what})"
+            f"a schedule from perfect measurements is expected to be {plan.predicted['regret']:.1%} better ({what})"
         )
     if command:
         lines += ["cells worth more samples:", f"  {command}"]

@@ -349,6 +349,7 @@ def test_some_strategies_alone_have_the_numbers_of_a_profile_of_all(folder: Path
     assert summary.measured == 4 and summary.units == 2 * (40 * 5.0 + 4 * 8 * 3)
     mask = rows_of(tree.dataset, ONLY) & tree["progress"].isin([0, 1])
     assert (tree["status"] == xr.where(mask, DONE, PENDING)).all()
+    assert json.loads(tree.attrs["races_json"]) == {}
     for ours, theirs in ((tree.dataset, whole.dataset), *[[t["param_groups"].dataset for t in (tree, whole)]]):
         for name in (str(n) for n in ours.data_vars if "keep" in ours[n].dims and "progress" in ours[n].dims):
             if ours[name].dtype.kind == "f":

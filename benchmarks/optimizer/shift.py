@@ -1,0 +1,145 @@
+"""How schedules depend on the budget, on cubes of real runs: three budgets a factor 8 apart.
+
+    python -m benchmarks.optimizer.shift [--seeds 0 1] [--budget 2M] [--quick] [--device cpu]
+
+For every seed a mixed run of the bundled trainer (MoCo-v3, the demo's ViT, Fashion-MNIST, base patch 2, 16
+strategies), a profile of nine of its checkpoints, and schedules by trajectory for a 64th, an 8th and all of the
+run's budget, with the mean cost per sample and the share of the budget that goes to base patches. Runs and cubes lie in
+`build/optimizer` and are continued there; `results/shift.json` keeps the schedules, `results/cube-<seed>.json` the
+scores they rest on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import device_text
+from benchmarks.summary import Row, table
+from schedulers import Profile, Schedule, optimize, parse_count
+
+ROOT = Path(__file__).parents[2]
+WORK = ROOT / "build" / "optimizer"
+FILE = Path(__file__).parent / "results" / "shift.json"
+COMMAND = "python -m benchmarks.optimizer.shift"
+GRID = "patch=2,4,7,14;dropout=0,0.25,0.5,0.75"
+CHECKPOINTS = (0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)
+PARTS = (64, 8, 1)
+CRITERIA = (("descent", "optimizer"), ("ca-mse", "euclidean"))
+
+
+def gradscope(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "gradscope", *arguments], cwd=WORK, check=True)
+
+
+def make_cube(seed: int, budget: str, device: str) -> Path:
+    """Train and profile what is missing; the cube's path."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    run, cube = f"pilot-{seed}", f"cube-{seed}.nc"
+    points = ",".join(map(str, CHECKPOINTS))
+    gradscope(
+        "train", "--budget", budget, "--schedule", "mixed", "--grid", GRID, "--seed", str(seed), "--out", run,
+        "--set", f"checkpoints=({points})", "--device", device,
+    )  # fmt: skip
+    gradscope("profile", run, "-o", cube, "--device", device)
+    return WORK / cube
+
+
+def facts(plan: Schedule, base: dict[str, Any]) -> dict[str, Any]:
+    """A schedule's mean cost per sample, its share of base patches and of the reference, and its stages."""
+
+    def share(axes: dict[str, Any]) -> float:
+        return sum(
+            stage.end - stage.start
+            for stage in plan.stages
+            if all(stage.strategy[name] == value for name, value in axes.items())
+        )
+
+    return {
+        "budget": plan.budget,
+        "mean_cost": plan.cost,
+        "base_patch_share": share({"patch": base["patch"]}),
+        "reference_share": share(base),
+        "progress": plan.predicted["progress"],
+        "speed_up": plan.predicted["speed_up"],
+        "regret": plan.predicted.get("regret"),
+        "stages": [
+            [round(s.start, 4), round(s.end, 4), str(s.strategy), s.probability, s.progress and s.progress[1]]
+            for s in plan.stages
+        ],
+    }
+
+
+def of_cube(path: Path) -> dict[str, Any]:
+    from gradscope.cube import open_cube, profile_of
+
+    cube = open_cube(path).dataset
+    found: dict[str, Any] = {"units": float(cube.attrs["units"]), "schedules": {}, "scores": {}}
+    for criterion, metric in CRITERIA:
+        profile: Profile = profile_of(cube, metric=metric)
+        assert profile.reference_budget is not None
+        budgets = [profile.reference_budget / part for part in PARTS]
+        plans = [optimize(profile, b, criterion=criterion, progress="trajectory", draws=200) for b in budgets]
+        base = dict(profile.grid.reference)
+        found["schedules"][f"{criterion}, {metric}"] = [facts(plan, base) for plan in plans]
+        score, se = profile.scores(criterion, profile.progress)
+        found["scores"][f"{criterion}, {metric}"] = {
+            "progress": profile.progress.tolist(),
+            "strategies": [str(s) for s in profile.grid.strategies()],
+            "score": np.round(score, 5).tolist(),
+            "se": np.round(se, 5).tolist(),
+        }
+    return found
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """Rows for `summary.json`: mean cost per sample at the three budgets, over the seeds."""
+    made = []
+    for criterion, metric in CRITERIA:
+        name = f"{criterion}, {metric}"
+        costs = np.array([[s["mean_cost"] for s in cube["schedules"][name]] for cube in results["seeds"].values()])
+        rises = bool((costs[:, -1] > costs[:, 0]).all() and (np.diff(costs, axis=1) >= -1e-9).all())
+        for i, part in enumerate(PARTS):
+            column = costs[:, i]
+            what = "all" if part == 1 else f"1/{part}"
+            claim = f"units per sample of the schedule by trajectory ({name}) at {what} of the pilot's budget"
+            aim = "rises with the budget, every seed"
+            mean, low, high = float(column.mean()), float(column.min()), float(column.max())
+            device, date = results["device"], results["date"]
+            made.append(Row(claim, mean, "units", low, high, aim, rises, device, date, len(column), COMMAND))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--budget", default="2M")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="one seed and 20K units, for a look; writes nothing")
+    options = parser.parse_args()
+    budget = "20K" if options.quick else options.budget
+    parse_count(budget)
+    seeds = [1000] if options.quick else options.seeds
+    results: dict[str, Any] = {
+        "device": device_text(options.device, 1),
+        "date": datetime.date.today().isoformat(),
+        "budget": budget,
+        "seeds": {},
+    }
+    for seed in seeds:
+        results["seeds"][str(seed)] = of_cube(make_cube(seed, budget, options.device))
+    if not options.quick:
+        FILE.parent.mkdir(exist_ok=True)
+        FILE.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table([("optimizer", row) for row in rows(results)]))
+
+
+if __name__ == "__main__":
+    main()

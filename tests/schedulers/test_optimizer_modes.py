@@ -1,0 +1,526 @@
+"""Schedules of both modes against all paths there are, an integer program, and profiles with holes.
+
+What a path is worth and whether it keeps the constraints is told here from the definitions: scores from the design's
+formulas, mixtures by shares of the budget, the motion by `Speeds.advance` (which test_trajectory.py proves).
+"""
+
+import dataclasses
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from schedulers import (
+    Constraints,
+    Grid,
+    InfeasibleError,
+    Moments,
+    Profile,
+    Schedule,
+    Stage,
+    Strategy,
+    UsageError,
+    optimize,
+    smallest_budget,
+)
+from schedulers.trajectory import Speeds
+
+GRIDS = [
+    Grid({"mode": ("a", "b")}, Strategy(mode="b")),
+    Grid({"layers": (12, 8, 4)}, Strategy(layers=8)),
+    Grid({"precision": ("fp8", "bf16"), "layers": (12, 6)}, Strategy(precision="bf16", layers=12)),
+]
+PILOT_BUDGET = 1e6
+BATCH = 8
+
+
+def random_profile(rng: np.random.Generator, grid: Grid, holes: float = 0.0) -> Profile:
+    """Moments of any sign, costs, seconds and memory; every strategy but the reference may lack some of them."""
+    points, strategies = int(rng.integers(1, 5)), len(grid)
+    reference = grid.strategies().index(grid.reference)
+    bias, variance, norm = (rng.normal(0.4, 0.5, size=(points, strategies)) for _ in range(3))
+    inner = rng.normal(0.6, 0.6, size=(points, strategies))
+    norm_ref = np.repeat(rng.uniform(0.3, 2, size=(points, 1)), strategies, axis=1)
+    bias[:, reference], inner[:, reference], variance = 0.0, norm_ref[:, reference], np.abs(variance) + 0.1
+    missing = rng.random((points, strategies)) < holes
+    missing[:, reference] = False
+    cost, seconds = rng.uniform(0.5, 4, strategies).round(2), rng.uniform(0.001, 0.02, strategies)
+    memory = rng.integers(10**8, 10**9, strategies).astype(float)
+    for values in (cost, seconds, memory):
+        values[(rng.random(strategies) < holes / 3) & (np.arange(strategies) != reference)] = np.nan
+    pilot = None
+    if rng.random() < 0.6:
+        weights = rng.dirichlet(np.ones(strategies))
+        pilot = (Stage(0, 1, tuple(zip(grid.strategies(), weights.tolist(), strict=True)), 1.0),)
+    holed = (np.where(missing, np.nan, values) for values in (bias, variance, norm, inner))
+    return Profile(
+        grid=grid,
+        progress=np.sort(rng.choice(np.linspace(0, 1, 21), points, replace=False)),
+        cost=cost,
+        moments=Moments(*holed, norm_ref),
+        covariance=None,
+        batch_size=BATCH,
+        beta=BATCH * float(cost[reference]),
+        metric="euclidean",
+        cost_model="tokens",
+        digest="d1",
+        reference_budget=PILOT_BUDGET,
+        seconds=seconds,
+        memory=memory,
+        pilot=pilot,
+    )
+
+
+def score_at_points(profile: Profile, criterion: str) -> np.ndarray:
+    """(T, C), from the formulas of the design."""
+    m, share = profile.moments, profile.cost / profile.beta
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if criterion == "ca-mse":
+            return (np.maximum(m.bias_sq, 0) + share * m.variance) / m.norm_sq_ref
+        spread = np.maximum(m.norm_sq, 0) + share * m.variance
+        return np.sign(m.inner) * m.inner**2 / (spread * m.norm_sq_ref)
+
+
+def between(progress: np.ndarray, values: np.ndarray, p: float) -> np.ndarray:
+    """Values (T, C) at p: linear in the logarithm between two positive ones, else linear; constant beyond the ends."""
+    p = min(max(p, progress[0]), progress[-1])
+    t = int(np.flatnonzero(progress <= p)[-1])
+    if progress[t] == p:
+        return values[t]
+    share = (p - progress[t]) / (progress[t + 1] - progress[t])
+    return np.array(
+        [
+            a ** (1 - share) * b**share if a > 0 and b > 0 else (1 - share) * a + share * b
+            for a, b in zip(values[t], values[t + 1], strict=True)
+        ]
+    )
+
+
+def weighted(share: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Means (..., A) of values (..., C) by shares (A, C); NaN where one that has a share is."""
+    return np.stack([(values[..., s > 0] * s[s > 0]).sum(axis=-1) for s in share], axis=-1)
+
+
+class Oracle:
+    """All paths of `slices` slices: which keep the constraints, and what each is worth with a budget."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        criterion: str,
+        mode: str,
+        slices: int,
+        constraints: Constraints,
+        exploration: float,
+    ) -> None:
+        self.profile, self.criterion, self.mode = profile, criterion, mode
+        self.slices, self.constraints = slices, constraints
+        self.names = profile.grid.strategies()
+        self.reference = self.names.index(profile.grid.reference)
+        self.paths = np.indices((len(self.names),) * slices).reshape(slices, -1).T
+        self.final = math.floor(slices * (1 - Fraction(str(constraints.final_reference))))
+        allowed = self._allowed()
+        score = score_at_points(profile, criterion)
+        explored = allowed & np.isfinite(score).all(axis=0) & np.isfinite(profile.cost)
+        self.pure = np.eye(len(self.names))
+        self.mixture = self.pure
+        if exploration and explored.any():
+            self.mixture = (1 - exploration) * self.pure + exploration * explored / explored.sum()
+        spent = np.where(self.mixture > 0, self.mixture * np.nan_to_num(profile.cost, nan=1.0), 0.0)
+        self.share = spent / spent.sum(axis=1, keepdims=True)
+        usable = np.tile(allowed, (slices, 1))
+        if mode == "fraction":
+            at = np.array([between(profile.progress, score, k / slices) for k in range(slices)])
+            early = np.arange(slices)[:, None] < self.final
+            self.score = np.where(early, weighted(self.share, at), at)
+            usable &= np.isfinite(at) & np.isfinite(self.score)
+        else:
+            progress, speed = self._speeds(score)
+            usable &= np.isfinite(speed).any(axis=0)
+            self.motion = Speeds(progress, np.hstack([weighted(self.share, speed), speed]), PILOT_BUDGET)
+        usable[self.final :] &= np.arange(len(self.names)) == self.reference
+        self.kept = self._keeps(usable)
+
+    def _allowed(self) -> np.ndarray:
+        profile, constraints = self.profile, self.constraints
+        allowed = np.isfinite(profile.cost)
+        if constraints.allowed is not None:
+            allowed &= [name in constraints.allowed for name in self.names]
+        if constraints.max_memory is not None:
+            allowed &= np.array([m <= constraints.max_memory for m in profile.memory])
+        if constraints.max_seconds is not None:
+            allowed &= np.isfinite(profile.seconds)
+        return allowed
+
+    def _speeds(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        profile, gain = self.profile, score.copy()
+        if self.criterion == "ca-mse":  # all variances here are positive, so all scores are
+            gain = 1 / score
+        weights = np.eye(len(self.names))[self.reference]
+        if profile.pilot is not None:
+            weights = np.array([weight for _, weight in profile.pilot[0].mixture])
+        spent = np.where(np.isfinite(profile.cost), weights * profile.cost, 0.0)
+        pilot = []
+        for row in gain:
+            here = np.isfinite(row) & (spent > 0)
+            pilot.append((row[here] @ spent[here]) / spent[here].sum() if here.any() else np.nan)
+        there = np.array(pilot) > 0
+        return profile.progress[there], gain[there] / np.array(pilot)[there, None]
+
+    def _keeps(self, usable: np.ndarray) -> np.ndarray:
+        constraints, paths = self.constraints, self.paths
+        kept = usable[np.arange(self.slices), paths].all(axis=1)
+        changes = paths[:, 1:] != paths[:, :-1]
+        if constraints.max_switches is not None:
+            kept &= changes.sum(axis=1) <= constraints.max_switches
+        may = np.array([[self._may_follow(a, b) for b in range(len(self.names))] for a in range(len(self.names))])
+        kept &= may[paths[:, :-1], paths[:, 1:]].all(axis=1)
+        for i in np.flatnonzero(kept) if constraints.min_dwell else []:
+            runs = [len(list(group)) for _, group in itertools.groupby(paths[i])]
+            kept[i] = min(runs) >= constraints.min_dwell * self.slices - 1e-9
+        return kept
+
+    def _may_follow(self, a: int, b: int) -> bool:
+        for name in self.constraints.monotone:
+            if name == "cost":
+                if self.profile.cost[b] < self.profile.cost[a]:
+                    return False
+                continue
+            values = self.profile.grid.axes[name]
+            goal = values.index(self.profile.grid.reference[name])
+            before, after = (abs(values.index(self.names[c][name]) - goal) for c in (a, b))
+            if after > before:
+                return False
+        return True
+
+    def seconds(self, budget: float) -> np.ndarray:
+        """(paths,) seconds: of every slice the steps that its share of the budget pays for, times those of a step."""
+        step = np.where(np.isfinite(self.profile.seconds), self.profile.seconds, np.nan)
+        per_unit = [
+            [(w[w > 0] @ step[w > 0]) / (w[w > 0] @ self.profile.cost[w > 0]) for w in weights]
+            for weights in (self.mixture, self.pure)
+        ]
+        late = (np.arange(self.slices) >= self.final).astype(int)
+        return np.array(per_unit)[late, self.paths].sum(axis=1) * budget / self.slices
+
+    def values(self, budget: float) -> np.ndarray:
+        """(paths,) the progress reached, or the mean score; larger is better."""
+        if self.mode == "fraction":
+            return self.sign * self.score[np.arange(self.slices), self.paths].mean(axis=1)
+        strategies = len(self.names)
+        positions = np.zeros(1)
+        for k in range(self.slices):
+            c = np.tile(np.arange(strategies), positions.size)
+            late = strategies * (k >= self.final)
+            positions = self.motion.advance(np.repeat(positions, strategies), budget / self.slices, c + late)
+        return positions
+
+    @property
+    def sign(self) -> float:
+        return -1.0 if self.criterion == "ca-mse" and self.mode == "fraction" else 1.0
+
+    def best(self, budget: float) -> float:
+        """What the best path is worth that keeps everything; -inf where none does."""
+        kept = self.kept
+        if self.constraints.max_seconds is not None:
+            kept = kept & (self.seconds(budget) <= self.constraints.max_seconds * (1 + 1e-9))
+        return float(self.values(budget)[kept].max()) if kept.any() else -math.inf
+
+    def row(self, schedule: Schedule) -> int:
+        """Which of the paths a schedule's main strategies are."""
+        path = [self.names.index(schedule.at((k + 0.5) / self.slices).strategy) for k in range(self.slices)]
+        return int(np.ravel_multi_index(path, (len(self.names),) * self.slices))
+
+
+def random_constraints(rng: np.random.Generator, profile: Profile, slices: int) -> Constraints:
+    """Any of them, each with a chance of about a third."""
+    names, axes = profile.grid.strategies(), tuple(profile.grid.axes)
+    monotones = [(), (), (), axes, ("cost",), (*axes, "cost")]
+    picked = tuple(name for name in names if rng.random() < 0.6) or (names[0],)
+    return Constraints(
+        allowed=picked if rng.random() < 0.35 else None,
+        monotone=monotones[rng.integers(len(monotones))],
+        max_switches=int(rng.integers(0, 4)) if rng.random() < 0.5 else None,
+        min_dwell=float(rng.choice([0, 0, 1.5, 2, 3])) / slices,
+        final_reference=float(rng.choice([0, 0, 0.5, 1, 2])) / slices,
+        max_memory=float(rng.uniform(1e8, 1e9)) if rng.random() < 0.3 else None,
+    )
+
+
+def with_seconds(rng: np.random.Generator, oracle: Oracle, budget: float) -> Constraints:
+    """The oracle's constraints with a limit of seconds that rules some of its paths out, or all."""
+    seconds = oracle.seconds(budget)[oracle.kept]
+    seconds = seconds[np.isfinite(seconds)]
+    if not seconds.size:
+        return dataclasses.replace(oracle.constraints, max_seconds=float(rng.uniform(100, 5000)))
+    low, high = float(seconds.min()), float(seconds.max())
+    return dataclasses.replace(oracle.constraints, max_seconds=low + (high - low) * float(rng.uniform(-0.1, 1)))
+
+
+@pytest.mark.parametrize("exploration", [0.0, 0.3])
+@pytest.mark.parametrize("criterion", ["descent", "ca-mse"])
+@pytest.mark.parametrize("mode", ["fraction", "trajectory"])
+def test_the_schedule_is_the_best_of_all_paths(mode: str, criterion: str, exploration: float) -> None:
+    rng = np.random.default_rng([mode == "fraction", criterion == "descent", exploration > 0])
+    solved, limited, refused = 0, 0, 0
+    for trial in range(60):
+        grid = GRIDS[trial % 3]
+        slices = int(rng.integers(4, 8 if len(grid) < 4 else 6))
+        profile, budget = random_profile(rng, grid, holes=0.15 * (trial % 2)), float(rng.uniform(0.1, 2) * PILOT_BUDGET)
+        oracle = Oracle(profile, criterion, mode, slices, random_constraints(rng, profile, slices), exploration)
+        if rng.random() < 0.5:
+            constraints = with_seconds(rng, oracle, budget)
+            oracle = Oracle(profile, criterion, mode, slices, constraints, exploration)
+        arguments = {"criterion": criterion, "slices": slices, "exploration": exploration, "progress": mode}
+        best = oracle.best(budget)
+        if best == -math.inf:
+            refused += 1
+            with pytest.raises(InfeasibleError) as error:
+                optimize(profile, budget, constraints=oracle.constraints, **arguments)
+            assert error.value.smallest is None
+            check_relaxations(str(error.value), profile, budget, oracle.constraints, arguments)
+            continue
+        solved += 1
+        limited += oracle.constraints.max_seconds is not None
+        schedule = optimize(profile, budget, constraints=oracle.constraints, **arguments)
+        row = oracle.row(schedule)
+        assert oracle.kept[row]
+        assert oracle.values(budget)[row] == pytest.approx(best, rel=1e-9, abs=1e-12)
+        told = schedule.predicted["progress" if mode == "trajectory" else "score"]
+        assert told == pytest.approx(oracle.sign * best, rel=1e-9, abs=1e-12)
+        assert schedule.predicted["exact"]
+        seconds = oracle.seconds(budget)[row]
+        assert schedule.predicted.get("seconds", math.nan) == pytest.approx(seconds, nan_ok=True)
+        if oracle.constraints.max_seconds is not None:
+            assert seconds <= oracle.constraints.max_seconds * (1 + 1e-8)
+    assert solved > 15
+    assert limited > 5
+    assert refused > 5
+
+
+def suggestions(message: str) -> list[str]:
+    return message.rsplit("; relax ", 1)[1].split(" or ")
+
+
+def applied(constraints: Constraints, text: str) -> Constraints:
+    """The constraints after what a suggestion of an error message asks for."""
+    for part in text.split(" and "):
+        name, _, value = part.partition(" to ")
+        if value:
+            number = float(value.split(" (")[0].replace(",", ""))
+            constraints = dataclasses.replace(constraints, **{name: int(number) if name == "max_switches" else number})
+        elif part.startswith("allowed by "):
+            more = Strategy.parse(part.removeprefix("allowed by "))
+            constraints = dataclasses.replace(constraints, allowed=(*constraints.allowed, more))
+        else:
+            assert part in constraints.active()
+            constraints = constraints.without((part,))
+    return constraints
+
+
+def check_relaxations(message: str, profile: Profile, budget: float, constraints: Constraints, arguments: dict) -> None:
+    """Every suggestion helps, and of those with a number none smaller does."""
+
+    def feasible(changed: Constraints, budget: float = budget) -> bool:
+        try:
+            optimize(profile, budget, constraints=changed, **arguments)
+        except InfeasibleError:
+            return False
+        return True
+
+    for text in suggestions(message):
+        changed = applied(constraints, text)
+        assert feasible(changed), text
+        name = text.split(" ")[0]
+        slices = arguments["slices"]
+        if name == "max_switches":
+            assert not feasible(dataclasses.replace(constraints, max_switches=changed.max_switches - 1))
+        elif name in ("min_dwell", "final_reference"):
+            more = (math.ceil(getattr(changed, name) * slices - 0.01) + 1) / slices
+            if more <= 1:
+                assert not feasible(dataclasses.replace(constraints, **{name: more}))
+        elif name == "max_seconds" and " to " in text:
+            assert not feasible(dataclasses.replace(constraints, max_seconds=changed.max_seconds * (1 - 2e-5)))
+            lower = float(text.split("budget to ")[1].rstrip(")").replace(",", ""))
+            assert feasible(constraints, lower)
+            assert not feasible(constraints, lower * (1 + 2e-5))
+        elif name == "max_memory" and " to " in text:
+            assert changed.max_memory - 1 < profile.memory[profile.memory <= changed.max_memory].max()
+            less = profile.memory[profile.memory < changed.max_memory - 1]
+            if less.size and less.max() > constraints.max_memory:
+                assert not feasible(dataclasses.replace(constraints, max_memory=less.max()))
+        elif name == "allowed" and " by " in text:
+            cost = profile.cost[profile.grid.strategies().index(changed.allowed[-1])]
+            for cheaper in np.flatnonzero(profile.cost < cost):
+                more = (*constraints.allowed, profile.grid.strategies()[cheaper])
+                assert not feasible(dataclasses.replace(constraints, allowed=more))
+
+
+def needed_budgets(oracle: Oracle, target: float) -> np.ndarray:
+    """(paths,) the budget with which each kept path reaches the target, by bisection of each; inf where none does."""
+    paths, strategies = oracle.paths[oracle.kept], len(oracle.names)
+    rows, doubled = np.arange(len(paths)), oracle.motion.speed.shape[1]
+
+    def reach(budgets: np.ndarray) -> np.ndarray:
+        # a path's budget scales its speeds, so that all paths can be moved by one call
+        speed = (oracle.motion.speed[:, None, :] * budgets[:, None]).reshape(len(oracle.motion.progress), -1)
+        motion, p = Speeds(oracle.motion.progress, speed, PILOT_BUDGET), np.zeros(len(paths))
+        for k in range(oracle.slices):
+            c = paths[:, k] + strategies * (k >= oracle.final)
+            p = motion.advance(p, 1 / oracle.slices, rows * doubled + c)
+        return p
+
+    low, high = np.full(len(paths), 1e-6), np.full(len(paths), 64 * PILOT_BUDGET)
+    never = reach(high) < target
+    for _ in range(60):
+        middle = np.sqrt(low * high)
+        enough = reach(middle) >= target
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    found = np.full(len(oracle.paths), math.inf)
+    found[oracle.kept] = np.where(never, math.inf, high)
+    return found
+
+
+@pytest.mark.parametrize("criterion", ["descent", "ca-mse"])
+def test_the_smallest_budget_is_the_least_that_any_path_needs(criterion: str) -> None:
+    rng = np.random.default_rng([5, criterion == "descent"])
+    solved = limited = 0
+    for trial in range(32):
+        grid, exploration = GRIDS[trial % 2], 0.3 * (trial % 3 == 0)
+        profile, slices = random_profile(rng, grid, holes=0.1 * (trial % 4 == 0)), int(rng.integers(3, 6))
+        oracle = Oracle(profile, criterion, "trajectory", slices, random_constraints(rng, profile, slices), exploration)
+        target = float(rng.uniform(0.2, 1.4))
+        needed = needed_budgets(oracle, target)
+        if not np.isfinite(needed).any():
+            continue
+        arguments = {"criterion": criterion, "slices": slices, "exploration": exploration}
+        schedule = smallest_budget(profile, target, constraints=oracle.constraints, **arguments)
+        assert schedule.budget == pytest.approx(needed.min(), rel=2e-4)
+        assert schedule.predicted["progress"] >= target
+        assert schedule == optimize(profile, schedule.budget, constraints=oracle.constraints, **arguments)
+        assert oracle.kept[oracle.row(schedule)]
+        solved += 1
+
+        # under a limit of seconds that the fastest path to the target meets, and the one above does not
+        spent = oracle.seconds(1.0) * needed
+        best = int(needed.argmin())
+        if not spent[best] > 1.02 * np.nanmin(spent):
+            continue
+        limit = float(np.nanmin(spent) * 1.011)
+        within = np.where(spent <= limit, needed, math.inf)
+        constraints = dataclasses.replace(oracle.constraints, max_seconds=limit)
+        under = Oracle(profile, criterion, "trajectory", slices, constraints, exploration)
+        if (under.kept != oracle.kept).any():  # strategies without measured seconds fall out
+            continue
+        found = smallest_budget(profile, target, constraints=constraints, **arguments)
+        assert found.predicted["progress"] >= target
+        assert found.predicted["seconds"] <= limit * (1 + 1e-8)
+        # never less than any path needs, and at most a step more than one that is feasible for as long as a step
+        assert found.budget >= within.min() * (1 - 1e-9)
+        assert found.budget <= needed[spent * 1.0101 <= limit].min() * 1.0101
+        limited += 1
+    assert solved > 8
+    assert limited > 2
+
+
+def test_no_budget_reaches_what_lies_beyond_the_last_progress(worth, worth_profile) -> None:
+    profile = worth_profile([[1.0, 2.0], [1.0, -1.0]])
+    only = Constraints(allowed=(Strategy(mode=1),))
+    with pytest.raises(InfeasibleError, match=r"no budget reaches progress 0.9: .* stop making progress at 0.667"):
+        smallest_budget(profile, 0.9, criterion=worth, constraints=only)
+    assert smallest_budget(profile, 0.6, criterion=worth, constraints=only).predicted["progress"] >= 0.6
+
+
+def test_a_target_that_one_step_reaches_costs_one_step(worth, worth_profile) -> None:
+    profile = worth_profile([[1.0, 3.0]], cost=[4, 2])
+    schedule = smallest_budget(profile, 1e-6, criterion=worth)
+    assert schedule.budget == 8 * 2  # a step of the cheapest strategy
+    assert schedule.predicted["progress"] == pytest.approx(3 * 16 / 1000)
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf])
+def test_a_target_that_is_no_progress_is_refused(target: float, worth, worth_profile) -> None:
+    with pytest.raises(UsageError, match="target="):
+        smallest_budget(worth_profile([[1.0, 2.0]]), target, criterion=worth)
+
+
+class IntegerProgram:
+    """The largest sum of scores (N, C) of a path of strategies in the order of their costs, for HiGHS.
+
+    x[k, c] says that slice k runs c, y[k, c] that a stage of c begins there, and z[k, c] that slice k runs c or
+    what costs more, which never ends. Strategies cost more the later they come.
+    """
+
+    def __init__(self, score: np.ndarray, switches: int, dwell: int) -> None:
+        self.score, (slices, strategies) = score, score.shape
+        x, y, z = np.arange(3 * score.size).reshape(3, slices, strategies)
+        self.x, self.variables, self.rows, self.low, self.high = x, 3 * score.size, [], [], []
+        for k, c in itertools.product(range(slices), range(strategies)):
+            dearer = [z[k, c + 1]] if c + 1 < strategies else []
+            self.add([x[k, c], z[k, c], *dearer], [1, -1, 1][: 2 + len(dearer)], 0, 0)
+            before = [x[k - 1, c]] if k else []
+            self.add([y[k, c], x[k, c], *before], [1, -1, 1][: 2 + len(before)], 0, np.inf)
+            begun = y[max(0, k - dwell + 1) : k + 1, c]
+            self.add([*begun, x[k, c]], [*np.ones(len(begun)), -1], -np.inf, 0)
+            if k:
+                self.add([z[k, c], z[k - 1, c]], [1, -1], 0, np.inf)
+        self.add(z[:, 0], np.ones(slices), slices, slices)
+        self.add(y.ravel(), np.ones(y.size), 0, switches + 1)
+        late = y[slices - dwell + 1 :].ravel()
+        self.add(late, np.ones(late.size), 0, 0)
+
+    def add(self, variables, factors, least: float, most: float) -> None:
+        self.rows.append((np.asarray(variables), np.asarray(factors, dtype=float)))
+        self.low.append(least)
+        self.high.append(most)
+
+    def best(self) -> float:
+        row = np.repeat(np.arange(len(self.rows)), [len(v) for v, _ in self.rows])
+        column, factor = (np.concatenate(part) for part in zip(*self.rows, strict=True))
+        matrix = coo_array((factor, (row, column)), shape=(len(self.rows), self.variables)).tocsr()
+        result = milp(
+            np.concatenate([-self.score.ravel(), np.zeros(2 * self.score.size)]),
+            constraints=LinearConstraint(matrix, self.low, self.high),
+            integrality=np.ones(self.variables),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0},
+        )
+        assert result.status == 0
+        return -float(result.fun)
+
+
+def wide_profile(rng: np.random.Generator, slices: int, strategies: int, raw_profile, **changes) -> Profile:
+    """Losses that drift from cheap to dear strategies, with noise."""
+    at, place = np.arange(slices)[:, None] / slices, np.arange(strategies) / strategies
+    loss = (at - place) ** 2 + 0.1 * rng.normal(size=(slices, strategies))
+    grid = Grid({"mode": tuple(range(strategies))}, Strategy(mode=strategies - 1))
+    return raw_profile(loss, grid, np.linspace(0.2, 4, strategies), **changes)
+
+
+def test_a_hundred_slices_of_thirty_strategies_are_those_of_an_integer_program(raw, raw_profile) -> None:
+    profile = wide_profile(np.random.default_rng(3), 100, 30, raw_profile)
+    constraints = Constraints(monotone=("cost",), max_switches=6, min_dwell=0.05)
+    schedule = optimize(profile, 1e6, criterion=raw, constraints=constraints)
+    program = IntegerProgram(-profile.moments.bias_sq, 6, 5)
+    assert -100 * schedule.predicted["score"] == pytest.approx(program.best(), rel=1e-7)
+
+
+def test_the_limit_of_seconds_is_that_of_an_integer_program(raw, raw_profile) -> None:
+    rng = np.random.default_rng(4)
+    seconds = np.linspace(0.2, 4, 12) * rng.uniform(0.5, 2, 12)
+    profile = wide_profile(rng, 40, 12, raw_profile, seconds=seconds)
+    free = optimize(profile, 1e6, criterion=raw, slices=40)
+    limit = 0.9 * free.predicted["seconds"]
+    constraints = Constraints(monotone=("cost",), max_switches=4, min_dwell=0.05, max_seconds=limit)
+    schedule = optimize(profile, 1e6, criterion=raw, constraints=constraints, slices=40)
+    program = IntegerProgram(-profile.moments.bias_sq, 4, 2)
+    per_slice = np.tile(seconds / profile.cost * 1e6 / 40, 40)
+    program.add(program.x.ravel(), per_slice / limit, 0, 1)
+    assert schedule.predicted["seconds"] <= limit * (1 + 1e-8)
+    assert schedule.predicted["exact"]
+    assert -40 * schedule.predicted["score"] == pytest.approx(program.best(), rel=1e-7)
+    assert schedule.predicted["score"] > free.predicted["score"]

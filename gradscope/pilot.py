@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
-
-import xarray as xr
+from typing import TYPE_CHECKING, Any
 
 from gradscope.errors import CubeError
 from schedulers import Schedule, ScheduleError, Stage, Strategy
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def training_of(cube: xr.Dataset) -> dict[str, Any]:

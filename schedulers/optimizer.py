@@ -55,8 +55,8 @@ def optimize(
     (`trajectory.Speeds`), and the progress reached at the end is largest; the schedule then depends on the budget.
     Default: `default_mode`. Both are exact (`program.best_path`): progress is carried as it is, not in bins.
     With `max_seconds` the fraction mode is exact too (`program_sum_within`); the trajectory keeps the limit exactly and
-    finds the best schedule up to what `program_within` forgets. Where a slice has more than 4,000 labels, and more than 8
-    for each strategy, their motion is looked up in a table. `predicted["exact"]` says whether the result is exact.
+    finds the best schedule up to what `program_within` forgets. Where a slice has more than 4,000 labels, and more
+    than 8 for each strategy, their motion is looked up in a table. `predicted["exact"]` says whether it is exact.
 
     Neighbouring slices of one strategy become a stage, with the mean score of its slices and the mean of their
     standard errors, since slices between the same checkpoints err together. With `exploration` e > 0 a stage runs its

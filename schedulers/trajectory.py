@@ -208,7 +208,7 @@ class _Pieces:
     def time_to(self, p: FloatArray, c: IntArray, j: IntArray, v: FloatArray, end: FloatArray) -> FloatArray:
         """Time from p, where the speed is v, to `end` in the same piece."""
         rate, gap = self.rate[c, j], end - p
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             flat = gap / v
             bent = -np.expm1(-rate * gap) / (v * rate)
             line = np.log(np.maximum(v + rate * gap, 0) / v) / rate

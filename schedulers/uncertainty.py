@@ -30,7 +30,7 @@ DRAWS = 400
 SURE = 0.9  # probability from which on a stage counts as decided
 WORTH = 0.01  # expected relative shortfall below which more samples are not worth their cost
 LIMITED_DRAWS = 8
-MOST_TIMES = 16  # as many samples more are asked for at most
+MOST_TIMES = 8  # as many samples more are asked for at most
 _NUMBERS = 8_000_000  # draws are fewer when strategies are many, to hold no more than this many scores
 
 
@@ -151,15 +151,19 @@ def cells_worth_samples(
     """The cells whose errors leave a stage open whose expected shortfall is worth samples, by point and strategy.
 
     For a stage less than 90 % sure with an expected relative shortfall of at least 1 %, where it is not as good as
-    certain that the rival is better (a constraint forces the strategy then): the cells of its
+    certain that the rival is better (a constraint forces the strategy then), and whose shortfall times its share of the
+    budget is at least a quarter of the largest: the cells of its
     strategy and of its rival at the points that contribute most to the error of their difference. `times` would
     bring that error to where the difference, or 5 % of the best, can be told at 95 %.
     """
     strategies, wishes = profile.grid.strategies(), dict[tuple[int, int], int]()
-    for stage, doubt in zip(stages, doubts, strict=True):
+    lost = [
+        (s.end - s.start) * (1 - d.probability) * d.regret if d else 0.0 for s, d in zip(stages, doubts, strict=True)
+    ]
+    for stage, doubt, loss in zip(stages, doubts, lost, strict=True):
         if doubt is None or doubt.rival is None or not 1 - SURE < doubt.behind < SURE:
             continue
-        if doubt.probability >= SURE or (1 - doubt.probability) * doubt.regret < WORTH:
+        if doubt.probability >= SURE or (1 - doubt.probability) * doubt.regret < WORTH or loss < max(lost) / 4:
             continue
         tell = max(abs(doubt.advantage), 0.05 * abs(doubt.best)) / 1.64
         ratio = (doubt.advantage_se / tell) ** 2 if tell > 0 else MOST_TIMES

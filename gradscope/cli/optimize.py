@@ -132,22 +132,25 @@ def optimize(
         target = target_progress or reference_progress(profile, match_reference or 0.0, criterion=criterion)
         plan = smallest_budget(profile, target, **given)
     save_schedule(plan, out)
-    command = more_samples_command(dataset, cube, plan)
+    command, units = more_samples(dataset, cube, plan, profile)
     emit(
-        {**json.loads(plan.to_json()), "more_samples_command": command},
-        _lines(profile, plan, out, command, chosen=progress),
+        {**json.loads(plan.to_json()), "more_samples_command": command, "more_samples_units": units},
+        _lines(profile, plan, out, (command, units), chosen=progress),
         as_json=as_json,
     )
 
 
-def more_samples_command(cube: xr.Dataset, path: Path, plan: Schedule) -> str:
-    """The `gradscope profile` command that measures the cells which leave stages open, into `path`; "" when none do."""
+def more_samples(cube: xr.Dataset, path: Path, plan: Schedule, profile: Profile) -> tuple[str, float]:
+    """The `gradscope profile` command that measures the cells which leave stages open, into `path`, and its units.
+
+    "" and 0 when none do.
+    """
     from gradscope.cube import grid_of
     from schedulers import Strategy
 
     wishes = plan.predicted.get("more_samples", [])
     if not wishes:
-        return ""
+        return "", 0.0
     grid, samples = grid_of(cube), 0
     for wish in wishes:
         have = int(cube["n_samples"].values[(wish["checkpoint"], *grid.position(Strategy(wish["strategy"])))])
@@ -160,10 +163,13 @@ def more_samples_command(cube: xr.Dataset, path: Path, plan: Schedule) -> str:
     parts += [] if str(path) == "cube.nc" else ["--out", str(path)]
     parts += ["--checkpoints", ",".join(str(t) for t in sorted({wish["checkpoint"] for wish in wishes}))]
     parts += [word for text in only for word in ("--only", text)]
-    return shlex.join([*parts, "--samples", str(samples)])
+    names = profile.grid.strategies()
+    chosen = {names.index(Strategy.parse(text)) for text in only} | {profile.reference_index}
+    units = len({wish["checkpoint"] for wish in wishes}) * samples * float(profile.cost[sorted(chosen)].sum())
+    return shlex.join([*parts, "--samples", str(samples)]), units
 
 
-def _lines(profile: Profile, plan: Schedule, out: Path, command: str, *, chosen: str | None) -> list[str]:
+def _lines(profile: Profile, plan: Schedule, out: Path, wish: tuple[str, float], *, chosen: str | None) -> list[str]:
     from schedulers import format_count
 
     budget, predicted = plan.budget or 0.0, plan.predicted
@@ -191,7 +197,7 @@ def _lines(profile: Profile, plan: Schedule, out: Path, command: str, *, chosen:
         )
     if not predicted.get("exact", True):
         lines.append("within the limit of time the best schedule is found up to a small part of a percent, not exactly")
-    return [*lines, *_doubt_lines(plan, command)]
+    return [*lines, *_doubt_lines(plan, *wish)]
 
 
 def _stage_table(plan: Schedule) -> list[str]:
@@ -250,7 +256,9 @@ def _trajectory_lines(plan: Schedule) -> list[str]:
     return lines
 
 
-def _doubt_lines(plan: Schedule, command: str) -> list[str]:
+def _doubt_lines(plan: Schedule, command: str, units: float) -> list[str]:
+    from schedulers import format_count
+
     if not any(stage.probability is not None for stage in plan.stages):
         return []
     lines = [
@@ -262,7 +270,7 @@ def _doubt_lines(plan: Schedule, command: str) -> list[str]:
             f"a schedule from perfect measurements is expected to be {plan.predicted['regret']:.1%} better ({what})"
         )
     if command:
-        lines += ["cells worth more samples:", f"  {command}"]
+        lines += [f"cells worth more samples (about {format_count(units)} units):", f"  {command}"]
     return lines
 
 

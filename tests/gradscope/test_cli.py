@@ -302,6 +302,7 @@ def test_flags_win_over_environment_over_file_over_defaults(
         ("cost",),
         ("merge",),
         ("show",),
+        ("compare",),
     ],
 )
 def test_help_is_there_and_imports_nothing_heavy(command: tuple[str, ...]) -> None:

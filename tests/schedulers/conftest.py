@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from schedulers import Criterion, Grid, Moments, Profile, Strategy
+from schedulers import Criterion, Grid, Moments, Profile, Stage, Strategy
 
 TWO_AXES = Grid({"patch": (16, 30), "dropout": (0, 0.5)}, Strategy(patch=16, dropout=0))
 
@@ -75,5 +75,50 @@ def worth_profile() -> Callable[..., Profile]:
             "reference_budget": 1000.0,
         }
         return Profile(**{**fields, **changes})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_profile() -> Callable[..., Profile]:
+    """`random_profile(rng, grid, holes)`: moments of any sign, costs, seconds and memory of a run of a million units.
+
+    With `holes` above 0 every strategy but the reference may lack some of them.
+    """
+
+    def build(rng: np.random.Generator, grid: Grid, holes: float = 0.0) -> Profile:
+        points, strategies = int(rng.integers(1, 5)), len(grid)
+        reference = grid.strategies().index(grid.reference)
+        bias, variance, norm = (rng.normal(0.4, 0.5, size=(points, strategies)) for _ in range(3))
+        inner = rng.normal(0.6, 0.6, size=(points, strategies))
+        norm_ref = np.repeat(rng.uniform(0.3, 2, size=(points, 1)), strategies, axis=1)
+        bias[:, reference], inner[:, reference], variance = 0.0, norm_ref[:, reference], np.abs(variance) + 0.1
+        missing = rng.random((points, strategies)) < holes
+        missing[:, reference] = False
+        cost, seconds = rng.uniform(0.5, 4, strategies).round(2), rng.uniform(0.001, 0.02, strategies)
+        memory = rng.integers(10**8, 10**9, strategies).astype(float)
+        for values in (cost, seconds, memory):
+            values[(rng.random(strategies) < holes / 3) & (np.arange(strategies) != reference)] = np.nan
+        pilot = None
+        if rng.random() < 0.6:
+            weights = rng.dirichlet(np.ones(strategies))
+            pilot = (Stage(0, 1, tuple(zip(grid.strategies(), weights.tolist(), strict=True)), 1.0),)
+        holed = (np.where(missing, np.nan, values) for values in (bias, variance, norm, inner))
+        return Profile(
+            grid=grid,
+            progress=np.sort(rng.choice(np.linspace(0, 1, 21), points, replace=False)),
+            cost=cost,
+            moments=Moments(*holed, norm_ref),
+            covariance=None,
+            batch_size=8,
+            beta=8 * float(cost[reference]),
+            metric="euclidean",
+            cost_model="tokens",
+            digest="d1",
+            reference_budget=1e6,
+            seconds=seconds,
+            memory=memory,
+            pilot=pilot,
+        )
 
     return build

@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from gradscope.profile_options import ProfileOptions
     from gradscope.profiler import profile
     from gradscope.task import Checkpoint, Task
-    from schedulers import Constraints, Decay, Grid, Schedule, Strategy, load_schedule, optimize
+    from schedulers import (
+        Constraints,
+        Decay,
+        Grid,
+        Schedule,
+        Strategy,
+        compare_schedules,
+        load_schedule,
+        optimize,
+        predict,
+        smallest_budget,
+    )
 
 _HOMES = {
     "Checkpoint": "gradscope.task",
@@ -25,13 +36,16 @@ _HOMES = {
     "Schedule": "schedulers",
     "Strategy": "schedulers",
     "Task": "gradscope.task",
+    "compare_schedules": "schedulers",
     "load_schedule": "schedulers",
     "merge_cubes": "gradscope.merge",
     "open_cube": "gradscope.cube",
     "optimize": "schedulers",
+    "predict": "schedulers",
     "profile": "gradscope.profiler",
     "profile_of": "gradscope.cube",
     "save_cube": "gradscope.cube",
+    "smallest_budget": "schedulers",
 }
 
 __all__ = [
@@ -43,13 +57,16 @@ __all__ = [
     "Schedule",
     "Strategy",
     "Task",
+    "compare_schedules",
     "load_schedule",
     "merge_cubes",
     "open_cube",
     "optimize",
+    "predict",
     "profile",
     "profile_of",
     "save_cube",
+    "smallest_budget",
 ]
 
 

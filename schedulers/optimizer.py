@@ -64,7 +64,8 @@ def optimize(
     itself included, with equal probability; the slices of `final_reference` stay pure. Costs, seconds, scores and
     speeds are those of the mixture, by shares of the budget; the other constraints bind the main strategy. A strategy
     cannot run in a slice where its score (by fraction) or cost is NaN; by trajectory it makes no progress between
-    profiled points at which it is not known. Among equal schedules one that switches less is taken.
+    profiled points at which it is not known. Among equal schedules one that switches less is taken (under
+    `max_seconds` one that does not go back and forth).
 
     With `draws` > 0 (`uncertainty.DRAWS` are plenty) a parametric bootstrap over the profile tells of every stage how
     probable it is that its strategy is the best of the allowed ones there, how much is lost where it is not and to

@@ -29,7 +29,7 @@ from schedulers.mixing import budget_shares, mixed, shared_mean
 from schedulers.profile import Profile, interpolate
 from schedulers.program import Advance, IntArray, Rules, additive, best_path
 from schedulers.program_sum_within import best_sum_within
-from schedulers.program_within import INTERVALS, best_path_within, path_seconds
+from schedulers.program_within import INTERVALS, best_path_within, path_seconds, with_fewer_switches
 from schedulers.trajectory import Motion, Speeds, speeds
 
 STAGE_POINTS = 16  # of a stage by trajectory, at which strategies are compared
@@ -191,10 +191,12 @@ class Problem:
         rules = replace(self.rules, usable=self.rules.usable & np.isfinite(seconds))
         seconds = np.where(rules.usable, seconds, 0.0)
         if self.mode == "trajectory":
-            return best_path_within(rules, self.advance(budget), seconds, limit, intervals=intervals)
-        path, bound = best_sum_within(rules, self.score, seconds, limit)
-        reached = float(self.score[np.arange(self.slices), path].sum())
-        return path, bound <= reached + 1e-9 * max(abs(bound), abs(reached))
+            path, is_exact = best_path_within(rules, self.advance(budget), seconds, limit, intervals=intervals)
+        else:
+            path, bound = best_sum_within(rules, self.score, seconds, limit)
+            reached = float(self.score[np.arange(self.slices), path].sum())
+            is_exact = bound <= reached + 1e-9 * max(abs(bound), abs(reached))
+        return with_fewer_switches(path, rules, seconds, limit, lambda p: self.value(p, budget)), is_exact
 
     def value(self, path: IntArray, budget: float) -> float:
         """What the path is worth: the progress it reaches, or the mean score (larger is better)."""

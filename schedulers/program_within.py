@@ -12,6 +12,7 @@ Shape legend: N slices, C strategies, U switches used so far, W intervals of sec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,3 +212,40 @@ def _distinct_sums(slack: FloatArray, room: float) -> FloatArray | None:
         if everything.size > DISTINCT:
             return None
     return everything * step
+
+
+def with_fewer_switches(
+    path: IntArray, rules: Rules, seconds: FloatArray, limit: float, value: Callable[[IntArray], float]
+) -> IntArray:
+    """A path that is worth as much (to a relative 1e-9), within rules and limit, and does not run to and fro.
+
+    Where scores or speeds do not change, the order of stages does not matter, and a search under a limit of seconds
+    returns any. A stage between two of one strategy is moved before or after them while nothing is lost by it.
+    """
+    worth = value(path)
+    slack = HAIR * abs(worth)
+    moved = True
+    while moved:
+        moved = False
+        cuts = [0, *(np.flatnonzero(np.diff(path)) + 1).tolist(), len(path)]
+        for i in range(len(cuts) - 3):
+            a, b, c, d = cuts[i : i + 4]
+            if path[a] != path[c]:
+                continue
+            for order in ((path[b:c], path[a:b], path[c:d]), (path[a:b], path[c:d], path[b:c])):
+                other = path.copy()
+                other[a:d] = np.concatenate(order)
+                fits = path_seconds(seconds, other) <= limit * (1 + HAIR)
+                if fits and _keeps(rules, other) and value(other) >= worth - slack:
+                    path, moved = other, True
+                    break
+            if moved:
+                break
+    return path
+
+
+def _keeps(rules: Rules, path: IntArray) -> bool:
+    """Whether a path keeps rules that a path of the same stages in another order keeps: dwell, switches aside."""
+    changes = np.flatnonzero(np.diff(path))
+    follows = rules.follows is None or bool(rules.follows[path[changes], path[changes + 1]].all())
+    return follows and bool(rules.usable[np.arange(len(path)), path].all())

@@ -3,8 +3,8 @@
     python -m benchmarks.demo.run [--seeds 0 1 2] [--budget 120K] [--work build/demo] [--quick]
 
 For each seed the demo is run as `gradscope demo` runs it (pilot, profile, schedule, three runs at the same
-budget). The schedule found is then also run at smaller budgets, each a whole run with its own warm-up and
-decay, and the budget from which on its kNN accuracy is that of the unaccelerated run is interpolated linearly
+budget). Schedules for smaller budgets are found in the same cube and run too, each a whole run with its own warm-up
+and decay, and the budget from which on its kNN accuracy is that of the unaccelerated run is interpolated linearly
 in the logarithm of the budget. Pilot and profile are charged as the number of runs at equal accuracy after
 which they have paid for themselves. Results of a seed are written to `results/` as soon as it is finished; a
 seed that is there is not run again, and an interrupted one continues from `--work`.
@@ -27,11 +27,12 @@ import torch
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, table, write_summary
 from gradscope.config import open_setting
+from gradscope.cube import open_cube, profile_of
 from gradscope.demo import BUDGET, demo_config, run_demo
 from gradscope.files import write_text
 from gradscope.progress import Progress
 from gradscope.trainer import train
-from schedulers import load_schedule, parse_count
+from schedulers import load_schedule, optimize, parse_count
 
 FOLDER = Path(__file__).parent
 SHARES = (0.125, 0.25, 0.5)  # of the demo's budget
@@ -43,19 +44,23 @@ def run_seed(seed: int, budget: float, work: Path, shares: tuple[float, ...], de
     """The demo and the shorter runs of its schedule for one seed, as JSON values."""
     out = work / f"seed-{seed}"
     demo = run_demo(out, budget=budget, data=DATA, seed=seed, device=device)
-    schedule = load_schedule(out / "schedule.json")
+    found = load_schedule(out / "schedule.json")
+    profile = profile_of(open_cube(out / "cube.nc").dataset)
     shorter = []
     for share in shares:
         setting = open_setting(demo_config(share * budget, DATA, seed))
+        schedule = optimize(profile, share * budget)
         with Progress(f"seed {seed}, {share:g}") as progress:
             result = train(setting, schedule, out / f"optimized-{share:g}", device=device, report=progress.update)
-        shorter.append({"budget": share * budget, "knn_accuracy": result.accuracy, "samples": result.samples})
+        facts = {"budget": share * budget, "knn_accuracy": result.accuracy, "samples": result.samples}
+        shorter.append({**facts, "stages": json.loads(schedule.to_json())["stages"]})
     return {
         "seed": seed,
         "budget": budget,
         "rows": [asdict(row) for row in demo.rows],
         "profile_units": demo.profile_units,
-        "stages": json.loads(schedule.to_json())["stages"],
+        "stages": json.loads(found.to_json())["stages"],
+        "predicted": found.predicted,
         "shorter": shorter,
     }
 

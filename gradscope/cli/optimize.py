@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,6 +57,14 @@ def optimize(
             "paper's): it stands at the spent fraction of the budget. Default: trajectory where the cube knows the "
             "profiled run's budget.",
             metavar="trajectory|fraction",
+        ),
+    ] = None,
+    profiled_budget: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_units,
+            metavar=_BUDGET_FORM,
+            help="Units of the profiled run, where the cube does not know them (own tasks without `training`).",
         ),
     ] = None,
     criterion: Annotated[
@@ -118,6 +127,8 @@ def optimize(
         max_memory=None if max_memory is None else max_memory * 1e6,
     )
     profile = profile_of(dataset, metric=metric, cost_model=cost_model)
+    if profiled_budget is not None:
+        profile = replace(profile, reference_budget=profiled_budget)
     if profile.covariance is None and profile.influence is None:
         draws = 0
     given: dict[str, Any] = {
@@ -174,8 +185,8 @@ def _lines(profile: Profile, plan: Schedule, out: Path, wish: tuple[str, float],
 
     budget, predicted = plan.budget or 0.0, plan.predicted
     trajectory = plan.progress_mode == "trajectory"
-    why = "" if chosen else " (the cube knows the profiled run's budget)" if trajectory else (
-        " (the cube does not know the profiled run's budget)"
+    why = "" if chosen else " (the profiled run's budget is known)" if trajectory else (
+        " (the cube does not know the profiled run's budget: give it with --profiled-budget)"
     )  # fmt: skip
     lines = [
         f"budget {format_count(budget)} = {budget:,.0f} units; criterion {plan.criterion} in the {plan.metric} "

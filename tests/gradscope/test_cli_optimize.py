@@ -1,0 +1,181 @@
+"""`gradscope optimize` on a small real cube: what is asked, what is said, and the command it ends with."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import gradscope.config
+from gradscope.cli.app import app
+from gradscope.cli.optimize import more_samples
+from gradscope.cube import open_cube, profile_of, save_cube
+from gradscope.data import ImageData
+from gradscope.merge import merge_cubes
+from gradscope.pilot import training_of
+from schedulers import Strategy, load_schedule, predict, reference_progress
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command line in an empty folder: (exit code, stdout); errors come with their exit code and text."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str]:
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            return int(getattr(done.exception, "exit_code", 99)), str(done.exception)
+        return done.exit_code, done.stdout
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def made(few_images: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a short mixed run, `ckpt_dir`, and its profile, `cube.nc`."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradscope.config, "load_data", lambda name, folder=None: few_images)
+        patch.chdir(folder)
+        grid = ("--batch-size", "16", "--set", "head_hidden=16", "--set", "head_width=8", "--set", "patch=4")
+        words = ["train", "--budget", "400", "--grid", "patch=4,7;dropout=0,0.5", *grid, "--schedule", "mixed"]
+        assert CliRunner().invoke(app, [*words, "--out", "ckpt_dir", "--quiet"]).exit_code == 0
+        assert CliRunner().invoke(app, ["profile", "ckpt_dir", "--samples", "64", "--quiet"]).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def cube(run: Run, made: Path, small_data: ImageData) -> Path:
+    shutil.copytree(made, Path.cwd(), dirs_exist_ok=True)
+    return Path("cube.nc")
+
+
+def test_the_mode_is_chosen_by_what_the_cube_knows_and_said(run: Run, cube: Path) -> None:
+    code, out = run("optimize", "--budget", "100")
+    assert code == 0 and "progress by trajectory (the profiled run's budget is known)" in out
+    assert "predicted progress" in out and "without acceleration" in out
+    assert load_schedule("schedule.json").progress_mode == "trajectory"
+    code, out = run("optimize", "--budget", "100", "--progress", "fraction")
+    assert code == 0 and "progress by fraction of the budget" in out and "predicted progress" not in out
+    tree = open_cube(cube)
+    known = training_of(tree.dataset)
+    assert known.pop("budget") == 400
+    tree.attrs["training_json"] = json.dumps(known)
+    save_cube(*merge_cubes([tree]), Path("foreign.nc"))
+    code, out = run("optimize", "foreign.nc", "--budget", "100")
+    assert code == 0 and "fraction of the budget (the cube does not know the profiled run's budget" in out
+    code, out = run("optimize", "foreign.nc", "--budget", "100", "--profiled-budget", "400")
+    assert code == 0 and "progress by trajectory" in out
+    code, out = run("optimize", "foreign.nc", "--target-progress", "0.5")
+    assert code == 2 and "does not know the budget of the profiled run" in out
+
+
+def test_the_smallest_budget_matches_the_reference(run: Run, cube: Path) -> None:
+    code, out = run("optimize", "--match-reference", "200", "--criterion", "descent-batch", "--json", "--draws", "0")
+    assert code == 0
+    found = json.loads(out)
+    profile = profile_of(open_cube(cube).dataset)
+    target = reference_progress(profile, 200, criterion="descent-batch")
+    plan = load_schedule("schedule.json")
+    assert plan.budget == found["budget"] <= 200 * (1 + 1e-4)
+    assert found["predicted"]["progress"] >= target * (1 - 1e-12)
+    reached = predict(profile, plan, float(plan.budget or 0), criterion="descent-batch")[-1]
+    assert reached == pytest.approx(found["predicted"]["progress"], rel=1e-9)
+    assert found["predicted"]["speed_up"] == pytest.approx(found["predicted"]["reference_budget"] / plan.budget)
+
+
+def test_stages_tell_how_sure_they_are(run: Run, cube: Path) -> None:
+    _, out = run("optimize", "--budget", "300", "--json")
+    stages = json.loads(out)["stages"]
+    assert all(0 <= stage["probability"] <= 1 and stage["regret"] >= 0 for stage in stages)
+    again = json.loads(run("optimize", "--budget", "300", "--json")[1])["stages"]
+    assert stages == again
+    other = json.loads(run("optimize", "--budget", "300", "--json", "--seed", "1")[1])["stages"]
+    assert [s["strategy"] for s in other] == [s["strategy"] for s in stages]
+    none = json.loads(run("optimize", "--budget", "300", "--json", "--draws", "0")[1])
+    assert not any("probability" in stage for stage in none["stages"]) and none["more_samples_command"] == ""
+
+
+def test_the_command_for_more_samples_can_be_pasted(run: Run, cube: Path) -> None:
+    """Its cells, and no others, get the samples it names; the units it told are about those it spends."""
+    tree = open_cube(cube)
+    profile = profile_of(tree.dataset)
+    plan = load_schedule_with_wishes(run, profile)
+    command, units = more_samples(tree.dataset, cube, plan, profile)
+    words = shlex.split(command)
+    assert words[:2] == ["gradscope", "profile"] and "--only" in words
+    dry = json.loads(run(*words[1:], "--dry-run", "--json")[1])
+    wishes = plan.predicted["more_samples"]
+    cells = {(w["checkpoint"], str(Strategy(w["strategy"]))) for w in wishes}
+    assert dry["cells"] >= len(cells) and dry["units"] <= units * (1 + 1e-9)
+    before = tree.dataset["n_samples"].values.copy()
+    code, _ = run(*words[1:], "--quiet")
+    assert code == 0
+    after = open_cube(cube).dataset["n_samples"].values
+    grown = {(int(t), int(i), int(j)) for t, i, j in np.argwhere(after != before)}
+    wanted = {(t, *profile.grid.position(Strategy.parse(text))) for t, text in cells}
+    assert wanted <= grown and (after >= before).all()
+    assert all(after[cell] == int(words[-1]) for cell in wanted)
+
+
+def load_schedule_with_wishes(run: Run, profile: Any) -> Any:
+    """A schedule whose choice between two strategies of one checkpoint is said to be open."""
+    import dataclasses
+
+    run("optimize", "--budget", "300", "--draws", "0")
+    plan = load_schedule("schedule.json")
+    names = [Strategy(patch=7, dropout=0), Strategy(patch=4, dropout=0.5)]
+    wishes = [{"checkpoint": 2, "progress": 0.5, "strategy": dict(s), "times": 2} for s in names]
+    return dataclasses.replace(plan, predicted={**plan.predicted, "more_samples": wishes})
+
+
+def test_limits_of_time_and_memory_need_measured_costs(run: Run, cube: Path) -> None:
+    for words in (("--max-hours", 1), ("--max-memory", 1)):
+        code, said = run("optimize", "--budget", "300", *words)
+        assert code == 2 and "gradscope cost CKPT_DIR --cube cube.nc" in said
+    assert run("cost", "ckpt_dir", "--cube", "cube.nc", "--repeats", 1, "--quiet")[0] == 0
+    profile = profile_of(open_cube(cube).dataset)
+    assert profile.seconds is not None and profile.memory is not None
+    _, out = run("optimize", "--budget", "300", "--json", "--draws", "0")
+    free = json.loads(out)["predicted"]["seconds"]
+    assert free > 0
+    code, said = run("optimize", "--budget", "300", "--max-hours", 1e-9)
+    assert code == 3 and "relax max_seconds to" in said and "lower the budget to" in said
+    code, out = run("optimize", "--budget", "300", "--max-hours", free / 3600 * 1.001, "--json", "--draws", "0")
+    assert code == 0 and json.loads(out)["predicted"]["seconds"] <= free * 1.001
+    least = float(np.nanmin(profile.memory)) / 1e6
+    code, out = run("optimize", "--budget", "300", "--max-memory", least * 1.0001, "--json", "--draws", "0")
+    used = {str(Strategy(stage["strategy"])) for stage in json.loads(out)["stages"]}
+    strategies = profile.grid.strategies()
+    assert used == {str(strategies[int(np.nanargmin(profile.memory))])}
+    code, said = run("optimize", "--budget", "300", "--max-memory", least / 2)
+    assert code == 3 and "relax max_memory to" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give one of --budget, --target-progress, --match-reference"),
+        (("--budget", "1K", "--target-progress", "1"), "give one of"),
+        (("--budget", "1K", "--draws", "-1"), "--draws -1"),
+        (("--budget", "1K", "--progress", "steps"), "progress='steps' is not one of fraction, trajectory"),
+        (("--target-progress", "0.5", "--progress", "fraction"), "fraction has no smallest budget"),
+        (("--target-progress", "-1"), "must be a progress above 0"),
+        (("--budget", "1K", "--monotone", "size"), "monotone='size' is neither cost nor one of the axes patch"),
+        (("--budget", "1K", "--exploration", "2"), "exploration=2.0 is not a probability"),
+        (("--budget", "1K", "--max-hours", "0"), "max_seconds=0.0 must be a positive number of seconds"),
+    ],
+)
+def test_bad_questions_are_refused(run: Run, cube: Path, words: tuple[str, ...], message: str) -> None:
+    code, said = run("optimize", *words)
+    assert code == 2 and message in said
+    assert not Path("schedule.json").exists()

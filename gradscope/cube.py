@@ -25,7 +25,7 @@ from gradscope.errors import CubeError, UsageError
 from gradscope.estimators import ESTIMATES, Estimates
 from gradscope.files import write_atomically
 from gradscope.influence import influence_of
-from gradscope.pilot import pilot_of, training_of
+from gradscope.pilot import budget_in, pilot_of, training_of
 from gradscope.races import RaceBook
 from schedulers import CRITERIA, MOMENTS, Grid, Moments, Strategy, criterion_se, readable
 from schedulers.profile import Profile
@@ -162,7 +162,7 @@ def set_replicates(cube: xr.Dataset, replicates: int) -> None:
         {
             "long_name": "influence of the sub-batches on the moments, number m in replicate m modulo their number",
             "comment": "0 where not measured; summed over replicates, products give the covariance within and "
-            "between the cells of one checkpoint",
+            "between cells, also of different checkpoints: all are measured on the same sub-batches",
         },
     )
 
@@ -297,9 +297,11 @@ def failed_names(cube: xr.Dataset) -> set[str]:
 def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str = "tokens") -> Profile:
     """The optimizer's view of a cube in one metric and cost model.
 
-    norm_sq_ref is taken from the reference's own cell at every progress point where that is done, so that all
-    strategies share one denominator also when their cells hold different numbers of samples. Raises UsageError
-    when the cube has no such metric or costs, CubeError when its `training_json` is damaged.
+    norm_sq_ref and its variance are taken from the reference's own cell at every progress point where that is done, so
+    that all strategies share one denominator also when their cells hold different numbers of samples. Verdicts of
+    races, which went by costs in tokens, bind no other cost model. The budget of the profiled run is in units of
+    `cost_model` (`pilot.budget_in`). Raises UsageError when the cube has no such metric or costs, CubeError when its
+    `training_json` is damaged.
     """
     metrics = [str(name) for name in cube["metric"].values]
     if metric not in metrics:
@@ -316,25 +318,47 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
     shared = np.where(done[:, reference, None], flat["norm_sq_ref"][:, reference, None], flat["norm_sq_ref"])
     flat["norm_sq_ref"] = shared
     batch_size = int(cube.attrs["batch_size"])
-    training = training_of(cube)
+    pilot, budget = pilot_of(training_of(cube), grid)
+    by_tokens = cost_model == "tokens"
+    if not by_tokens:
+        budget = budget_in(budget, pilot, grid, cube["cost"].sel(cost_model="tokens").values.reshape(-1), cost)
     return Profile(
         grid=grid,
         progress=here["progress"].values,
         cost=cost,
         moments=Moments(**{name: np.where(done, values, np.nan) for name, values in flat.items()}),
-        covariance=here["moment_cov"].values.reshape(*done.shape, len(MOMENTS), len(MOMENTS)),
+        covariance=_covariance(here, done, reference),
         batch_size=batch_size,
         beta=batch_size * float(cost[reference]),
         metric=metric,
         cost_model=cost_model,
         digest=digest_of(cube),
-        reference_budget=training.get("budget"),
-        contenders=contenders_of(cube, metric),
+        reference_budget=budget,
+        contenders=contenders_of(cube, metric) if by_tokens else {},
         seconds=measured_of(cube, "seconds"),
         memory=measured_of(cube, "memory"),
         influence=_influence(here, done, reference),
-        pilot=pilot_of(training),
+        pilot=pilot,
     )
+
+
+def _covariance(here: xr.Dataset, done: NDArray[np.bool_], reference: int) -> NDArray[np.float64]:
+    """Profile.covariance (T, C, 5, 5), with the reference's variance of norm_sq_ref in every cell where it is done.
+
+    A cell's covariances with norm_sq_ref are scaled by the ratio of the two standard errors: its correlations stay,
+    and with them the matrix positive semidefinite.
+    """
+    values = here["moment_cov"].values.reshape(*done.shape, len(MOMENTS), len(MOMENTS)).astype(np.float64)
+    norm = MOMENTS.index("norm_sq_ref")
+    own = values[:, :, norm, norm].copy()
+    shared = np.broadcast_to(own[:, reference, None], own.shape)
+    replaced = done & done[:, reference, None] & np.isfinite(shared)
+    ratio = np.sqrt(np.where(own > 0, shared, 0.0) / np.where(own > 0, own, 1.0))
+    scale = np.where(replaced, ratio, 1.0)
+    values[:, :, norm, :] *= scale[..., None]
+    values[:, :, :, norm] *= scale[..., None]
+    values[:, :, norm, norm] = np.where(replaced, shared, own)
+    return values
 
 
 def _influence(here: xr.Dataset, done: NDArray[np.bool_], reference: int) -> NDArray[np.float64] | None:

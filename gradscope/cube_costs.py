@@ -1,12 +1,12 @@
 """Measured costs in a cube: `seconds`, `flops` and `memory` per sample over the grid, and the cost model `measured`.
 
-All of one cube are of one device, number of threads and batch size, which `measured_json` tells.
+All of one cube are of one device, number of threads, batch size and model (`source`), which `measured_json` tells.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ MEASURED = {
     "flops": ("floating-point operations per sample of loss and backward pass", "1"),
     "memory": ("bytes per sample kept for the backward pass", "byte"),
 }
-SAME = ("device", "threads", "batch_size")  # what costs must share to stand in one cube
+SAME = ("device", "threads", "batch_size", "source")  # what costs must share to stand in one cube
 
 
 def add_measured(cube: xr.Dataset, axes: Sequence[str]) -> None:
@@ -33,34 +33,53 @@ def add_measured(cube: xr.Dataset, axes: Sequence[str]) -> None:
 
 
 def put_costs(cube: xr.Dataset, values: Mapping[str, Mapping[Strategy, float]], about: Mapping[str, Any]) -> xr.Dataset:
-    """`cube` with measured costs in place of what it held of them: those of other strategies are NaN.
+    """`cube` with measured costs beside what it held of them, or in their place where the conditions (SAME) differ.
 
     `values`: per name of MEASURED; `about`: the conditions, JSON values. `cost` of the model `measured` becomes
     C_tokens(reference) · seconds / seconds(reference). Raises CubeError for a strategy that is not on its grid.
     """
-    axes = _axes(cube)
+    axes, about, held = _axes(cube), dict(about), _held(cube)
+    kept = bool(held) and _same(held, about)
     cube = cube.copy(deep=True)
-    add_measured(cube, axes)
+    if not kept:
+        add_measured(cube, axes)
     for name, by_strategy in values.items():
         for strategy, value in by_strategy.items():
             cube[name].values[_position(cube, axes, strategy)] = value
-    cube.attrs["measured_json"] = json.dumps(dict(about), sort_keys=True)
+    if kept:
+        new = {str(strategy) for by_strategy in values.values() for strategy in by_strategy}
+        for part in ("spread", "failures"):
+            old = {text: value for text, value in held.get(part, {}).items() if text not in new}
+            about[part] = {**old, **about.get(part, {})}
+    cube.attrs["measured_json"] = json.dumps(about, sort_keys=True)
     _set_cost(cube)
     return cube
+
+
+def lost_costs(cube: xr.Dataset, strategies: Collection[Strategy], about: Mapping[str, Any]) -> int:
+    """Of how many strategies `put_costs` of `strategies` under the conditions `about` would drop measured seconds."""
+    held = _held(cube)
+    if "seconds" not in cube or (held and _same(held, about)):
+        return 0
+    axes = _axes(cube)
+    seconds = cube["seconds"].transpose(*axes).copy(deep=True)
+    for strategy in strategies:
+        seconds.values[_position(cube, axes, strategy)] = np.nan
+    return int(seconds.notnull().sum())
 
 
 def keep_costs(source: xr.Dataset, cube: xr.Dataset) -> None:
     """Give `cube` the measured costs of `source` for strategies of which it has none.
 
-    Where `cube` has some already, only if both were measured on the same device with as many threads and the
-    same batch size: seconds of two machines in one cube would be compared with each other.
+    Where `cube` has some already, only if both were measured of the same model, on the same device with as many threads
+    and the same batch size: seconds of two machines in one cube would be compared with each other.
     """
     if "seconds" not in source or bool(source["seconds"].isnull().all()):
         return
     axes, about = _axes(cube), _conditions(source)
     empty = bool(cube["seconds"].isnull().all())
     held = {} if empty else _conditions(cube)
-    if not empty and any(held.get(name) != about.get(name) for name in SAME):
+    if not empty and not _same(held, about):
         return
     new = np.isnan(cube["seconds"].values) & ~np.isnan(_on_grid_of(cube, axes, source["seconds"]))
     for name in MEASURED:
@@ -76,6 +95,20 @@ def measured_of(cube: xr.Dataset, name: str) -> NDArray[np.float64] | None:
         return None
     values = cube[name].transpose(*_axes(cube)).values.reshape(-1)
     return np.where(values > 0, values, np.nan)
+
+
+def _same(held: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
+    return all(held.get(name) == about.get(name) for name in SAME)
+
+
+def _held(cube: xr.Dataset) -> dict[str, Any]:
+    """The conditions of the costs that a cube has; {} without any, and where nobody can tell what they were."""
+    if "seconds" not in cube or bool(cube["seconds"].isnull().all()):
+        return {}
+    try:
+        return _conditions(cube)
+    except CubeError:
+        return {}
 
 
 def _set_cost(cube: xr.Dataset) -> None:

@@ -34,7 +34,7 @@ from gradscope.estimators import Estimates
 from gradscope.influence import MOST_REPLICATES, common_replicates
 from gradscope.measuring import Conditions
 from gradscope.merge import copy_cells
-from gradscope.pilot import read_stages
+from gradscope.pilot import read_training
 from gradscope.races import Entry, RaceBook
 from gradscope.task import Checkpoint, Task, task_digest
 from schedulers import Criterion, ScheduleError, Strategy
@@ -243,7 +243,8 @@ def empty_cube(
 ) -> xr.Dataset:
     """Every cell of `task.grid` at every checkpoint, pending; `digests` are those of the checkpoint files.
 
-    Raises TaskError when the task's `training` gives stages that make no schedule.
+    Raises TaskError when the task's `training` gives stages that make no schedule on the grid's axes, or a budget that
+    is no positive number.
     """
     grid = task.grid
     strategies = grid.strategies()
@@ -257,9 +258,9 @@ def empty_cube(
     described = task.describe()
     try:
         training = json.dumps(dict(task.training(folder)))
-        read_stages(json.loads(training).get("stages"))
+        read_training(json.loads(training), grid)
     except ScheduleError as error:
-        raise TaskError(f"training: {error}; leave out its `stages` where they are not known") from error
+        raise TaskError(f"training: {error}; leave out its `stages` or `budget` where they are not known") from error
     return new_cube(
         grid,
         progress=[checkpoint.progress for checkpoint in checkpoints],

@@ -89,7 +89,7 @@ def build_report(
 
     Args:
         cube: profile; its best strategies, uncertainties, heat maps and provenance.
-        schedule: its stages, marked in the heat maps too.
+        schedule: its stages, marked in the heat maps too (at the progress they are predicted for).
         runs: training logs by name (rows as `plot_training` takes them).
         table: results of runs, a row each; columns are the keys in order of first appearance. By default what
             each of `runs` spent and reached.

@@ -131,6 +131,7 @@ class Task(ABC):
 
         `stages`, optional, are those of the schedule: [{"start", "end", "cost", "mixture"}, ...] as in a schedule's
         file, with `mixture` as [[{axis: value}, weight], ...]; from them the optimizer knows how the run spent.
+        Stages are on the grid's axes and `budget` is a positive number, or a profile ends with TaskError.
         """
         return {}
 

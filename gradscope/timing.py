@@ -29,7 +29,7 @@ from gradscope.engines import derive_seed
 from gradscope.engines.flat import seed_streams
 from gradscope.errors import NonFiniteError, TaskError, UsageError
 from gradscope.measuring import failure
-from gradscope.task import Task
+from gradscope.task import Task, task_digest
 from gradscope.tasks import PretrainTask
 from gradscope.untouched import untouched
 from schedulers import Grid, Strategy
@@ -56,7 +56,10 @@ class StrategyCost:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Costs of strategies, the reference among them, and the conditions under which they were measured."""
+    """Costs of strategies, the reference among them, and the conditions under which they were measured.
+
+    `source`: of which model and data, the digest of the measured task or, of a synthetic one, a description.
+    """
 
     reference: Strategy
     costs: Mapping[Strategy, StrategyCost]
@@ -65,6 +68,7 @@ class MeasuredCosts:
     batch_size: int
     repeats: int
     date: str
+    source: str = ""
 
     def __getitem__(self, strategy: Strategy) -> StrategyCost:
         return self.costs[strategy]
@@ -89,6 +93,7 @@ class MeasuredCosts:
             "batch_size": self.batch_size,
             "repeats": self.repeats,
             "date": self.date,
+            "source": self.source,
             "spread": {str(s): round(cost.spread, 4) for s, cost in self.costs.items() if not cost.failure},
             "failures": self.failures,
         }
@@ -149,7 +154,8 @@ def measure_costs(
         for s in ordered
     }
     device, today = device_name(_device_of(model)), datetime.now(UTC).date().isoformat()
-    return MeasuredCosts(reference, costs, device, torch.get_num_threads(), batch_size, repeats, today)
+    source = task.source if isinstance(task, SyntheticTask) else task_digest(task)
+    return MeasuredCosts(reference, costs, device, torch.get_num_threads(), batch_size, repeats, today, source)
 
 
 def device_name(device: torch.device) -> str:
@@ -165,7 +171,7 @@ def device_name(device: torch.device) -> str:
 class SyntheticTask(PretrainTask):
     """A bundled method with random weights on random numbers in place of images: what it costs is the same.
 
-    `load` makes a new model whatever the path. Raises UsageError as TrainConfig does.
+    `load` makes a new model whatever the path; `source` names it. Raises UsageError as TrainConfig does.
     """
 
     def __init__(
@@ -189,6 +195,7 @@ class SyntheticTask(PretrainTask):
             classes=("a", "b"),
         )  # fmt: skip
         super().__init__(Setting(config, data, ()), grid=grid, device=device)
+        self.source = f"random numbers, model {model}, method {method}, image {image_size}"
 
     def load(self, checkpoint: Path | None = None) -> nn.Module:
         return self.setting.new_model().to(self.device).train()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 
 class GradscopeError(Exception):
     """Something the user can put right; the message names the argument, the value and the cure."""
@@ -19,14 +22,34 @@ class ScheduleError(GradscopeError, ValueError):
     """A schedule (file or value) is not valid; the message names the field."""
 
 
+@dataclass(frozen=True)
+class Change:
+    """A change of one constraint that makes a question feasible: its name in `Constraints`, and the value to set.
+
+    `value` None: the constraint has to go; a text: what is to be allowed as well. `budget`: the largest one for which
+    nothing else needs to change, None where the budget does not matter.
+    """
+
+    name: str
+    value: float | str | None = None
+    budget: float | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return self.name
+        text = f"{self.name} by {self.value}" if isinstance(self.value, str) else f"{self.name} to {self.value:.15g}"
+        return text + ("" if self.budget is None else f" (or lower the budget to {self.budget:.15g})")
+
+
 class InfeasibleError(GradscopeError):
     """No schedule satisfies the constraints or the budget.
 
-    `smallest` is the smallest feasible budget in units where the budget is what fails, else None.
+    `smallest` is the smallest feasible budget in units where the budget is what fails, else None. `changes` are the
+    smallest changes of constraints that help, each alone.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, smallest: float | None = None) -> None:
+    def __init__(self, message: str, smallest: float | None = None, changes: Sequence[Change] = ()) -> None:
         super().__init__(message)
-        self.smallest = smallest
+        self.smallest, self.changes = smallest, tuple(changes)

@@ -92,7 +92,9 @@ class Fields:
         """Raises ScheduleError for a field that was not read."""
         for name in self._values:
             if name not in self._read:
-                raise ScheduleError(f"{self.path(name)}: unknown field; known here: {', '.join(self._read)}")
+                raise ScheduleError(
+                    f"{self.path(name)}: unknown field; known here: {', '.join(dict.fromkeys(self._read))}"
+                )
 
 
 def describe(value: Any) -> str:

@@ -12,19 +12,18 @@ import numpy as np
 from schedulers.constraints import UNCONSTRAINED, Constraints, allowed_strategies
 from schedulers.counts import format_count
 from schedulers.criteria import Criterion
-from schedulers.errors import InfeasibleError, UsageError
+from schedulers.errors import Change, InfeasibleError, UsageError
 from schedulers.mixing import mixed
 from schedulers.problem import Problem
 from schedulers.profile import Profile
 from schedulers.program import FloatArray, IntArray
 from schedulers.program_within import least_seconds_path, path_seconds
 from schedulers.relaxation import infeasible
-from schedulers.schedule import Schedule
+from schedulers.schedule import PROGRESS_MODES, Schedule
 from schedulers.stage import Stage
 from schedulers.trajectory import speeds
 from schedulers.uncertainty import StageDoubt, cells_worth_samples, schedule_regret, stage_doubts, with_doubts
 
-MODES = ("fraction", "trajectory")
 SLICES = 100
 TARGET_PRECISION = 1e-4  # relative, of the smallest budget that reaches a target
 REGRET_DRAWS = 40  # of the bootstrap, each of which is optimized anew
@@ -61,11 +60,12 @@ def optimize(
     Neighbouring slices of one strategy become a stage, with the mean score of its slices and the mean of their
     standard errors, since slices between the same checkpoints err together. With `exploration` e > 0 a stage runs its
     strategy with probability 1 − e and otherwise any of the allowed ones that was measured at every profiled point,
-    itself included, with equal probability; the slices of `final_reference` stay pure. Costs, seconds, scores and
-    speeds are those of the mixture, by shares of the budget; the other constraints bind the main strategy. A strategy
-    cannot run in a slice where its score (by fraction) or cost is NaN; by trajectory it makes no progress between
-    profiled points at which it is not known. Among equal schedules one that switches less is taken (under
-    `max_seconds` one that does not go back and forth).
+    itself included, with equal probability (`predicted["not_explored"]` lists the others); the slices of
+    `final_reference` stay pure. Costs, seconds, scores and speeds are those of the mixture, by shares of the budget;
+    the other constraints bind the main strategy. A strategy cannot run in a slice where its score (by fraction) or cost
+    is NaN, nor where the budget does not pay for a step of it; by trajectory it makes no progress between profiled
+    points at which it is not known. Among equal schedules one that switches less is taken (under `max_seconds` one
+    that does not go back and forth).
 
     With `draws` > 0 (`uncertainty.DRAWS` are plenty) a parametric bootstrap over the profile tells of every stage how
     probable it is that its strategy is the best of the allowed ones there, how much is lost where it is not and to
@@ -76,8 +76,7 @@ def optimize(
     when no schedule keeps the constraints (with the smallest changes that help), UsageError for arguments out of range
     and for a profile that says nothing at some progress.
     """
-    if not (math.isfinite(budget) and budget > 0):
-        raise UsageError(f"budget={budget} must be a positive number of units")
+    _check_budget(budget)
     problem = Problem.of(profile, criterion, constraints, slices, exploration, _mode(profile, progress))
     smallest = _one_step(problem)
     if budget < smallest[0]:
@@ -117,8 +116,11 @@ def smallest_budget(
     free = replace(problem, constraints=constraints.without(("max_seconds",)))
     pilot_budget = float(profile.reference_budget or math.nan)
     low = _one_step(problem)[0]
-    if _reached(free, low) == -math.inf:
-        raise infeasible(free, low)
+    while _reached(free, low) == -math.inf:
+        error = infeasible(free, low)
+        if error.smallest is None:
+            raise error
+        low = error.smallest
     if _reached(problem, low) >= target:
         return _schedule(problem, low, draws, seed)
     high = max(pilot_budget, 2 * low)
@@ -141,6 +143,7 @@ def reference_progress(
     profile: Profile, budget: float, *, criterion: str | Criterion = "descent", start: float = 0.0
 ) -> float:
     """Progress that the reference alone is predicted to reach with `budget` units, from `start`."""
+    _check_budget(budget)
     motion = speeds(profile, criterion)
     return float(motion.advance(np.array([start]), budget, np.array([profile.reference_index]))[0])
 
@@ -154,6 +157,7 @@ def predict(
     its strategies is not known. Raises UsageError for a strategy
     off the grid, and what `speeds` raises.
     """
+    _check_budget(budget)
     motion, positions = speeds(profile, criterion), [0.0]
     for stage in schedule.stages:
         share = np.zeros(len(profile.grid))
@@ -166,11 +170,16 @@ def predict(
     return positions
 
 
+def _check_budget(budget: float) -> None:
+    if not (math.isfinite(budget) and budget > 0):
+        raise UsageError(f"budget={budget} must be a positive number of units")
+
+
 def _mode(profile: Profile, progress: str | None) -> str:
     if progress is None:
         return default_mode(profile)
-    if progress not in MODES:
-        raise UsageError(f"progress={progress!r} is not one of {', '.join(MODES)}")
+    if progress not in PROGRESS_MODES:
+        raise UsageError(f"progress={progress!r} is not one of {', '.join(PROGRESS_MODES)}")
     return progress
 
 
@@ -186,10 +195,9 @@ def _one_step(problem: Problem) -> tuple[float, str]:
     usable = np.flatnonzero(problem.rules.usable.any(axis=0))
     if not usable.size:
         return 0.0, ""  # infeasible for another reason, which is told then
-    drawn = problem.weights[usable] > 0
-    dearest = np.where(drawn, np.where(np.isfinite(profile.cost), profile.cost, 0.0), 0.0)
-    cheapest = int(dearest.max(axis=1).argmin())
-    return profile.batch_size * float(dearest[cheapest].max()), str(names[int(dearest[cheapest].argmax())])
+    cheapest = int(usable[problem.step_cost[usable].argmin()])
+    drawn = np.where(problem.weights[cheapest] > 0, np.nan_to_num(profile.cost), 0.0)
+    return float(problem.step_cost[cheapest]), str(names[int(drawn.argmax())])
 
 
 def _reached(problem: Problem, budget: float) -> float:
@@ -211,14 +219,30 @@ def _within_time(problem: Problem, target: float, budget: float) -> float:
     low = budget
     while _reached(problem, budget) < target:
         if budget >= most:
+            enough = _free_seconds(problem, target)
             raise InfeasibleError(
-                f"no schedule reaches progress {target:g} within max_seconds={limit:,.6g}; relax it or aim lower"
+                f"no schedule reaches progress {target:g} within max_seconds={limit:,.6g}; aim lower or relax {enough}",
+                changes=[enough],
             )
         low, budget = budget, min(1.01 * budget, most)
     while budget > low * (1 + TARGET_PRECISION):
         middle = math.sqrt(low * budget)
         low, budget = (low, middle) if _reached(problem, middle) >= target else (middle, budget)
     return budget
+
+
+def _free_seconds(problem: Problem, target: float) -> Change:
+    """The seconds that the schedule of the smallest budget takes, without their limit: enough, if not the least."""
+    constraints = problem.constraints.without(("max_seconds",))
+    free = smallest_budget(
+        problem.profile,
+        target,
+        criterion=problem.criterion,
+        constraints=constraints,
+        slices=problem.slices,
+        exploration=problem.exploration,
+    )
+    return Change("max_seconds", math.ceil(1.001 * free.predicted["seconds"]))
 
 
 def _schedule(problem: Problem, budget: float, draws: int, seed: int) -> Schedule:
@@ -310,6 +334,9 @@ def _predicted(
     profile, reference = problem.profile, problem.profile.reference_index
     seconds = problem.path_seconds(path, budget)
     values: dict[str, Any] = {"exact": is_exact} | ({} if seconds is None else {"seconds": seconds})
+    left_out = allowed_strategies(profile, problem.constraints) & ~problem.explored
+    if problem.exploration and left_out.any():
+        values["not_explored"] = [dict(profile.grid.strategies()[c]) for c in np.flatnonzero(left_out)]
     if problem.speeds is None:
         alone = profile.scores(problem.criterion, np.arange(problem.slices) / problem.slices)[0][:, reference]
         sign = -1.0 if problem.criterion.lower_is_better else 1.0
@@ -317,13 +344,14 @@ def _predicted(
         values["score_reference"] = float(alone.mean()) if np.isfinite(alone).all() else None
         return values
     end = float(positions[-1])
-    alone_units = problem.speeds.units_to(end, reference)
+    known = bool(np.isfinite(problem.speeds.speed[:, reference]).all())
+    alone_units = problem.speeds.units_to(end, reference) if known else math.inf
     reached = problem.speeds.advance(np.zeros(1), budget, np.array([reference]))[0]
     moving = np.flatnonzero(np.diff(positions) > 1e-9 * max(end, 1e-300))
     stuck = moving.size == 0 or moving[-1] < problem.slices - 1
     return values | {
         "progress": end,
-        "progress_reference": float(reached),
+        "progress_reference": float(reached) if known else None,
         "reference_budget": alone_units if math.isfinite(alone_units) else None,
         "speed_up": alone_units / budget if math.isfinite(alone_units) and end > 0 else None,
         "profiled_budget": profile.reference_budget,

@@ -50,6 +50,7 @@ class Problem:
     slices: int
     exploration: float
     mode: str
+    explored: NDArray[np.bool_] = field(init=False, repr=False)  # (C,): what exploration draws from
     weights: FloatArray = field(init=False, repr=False)  # (C, C): of candidate a, the probability of strategy c
     speeds: Speeds | None = field(init=False, repr=False)  # of pure strategies
     mixed_speeds: Speeds | None = field(init=False, repr=False)  # of candidates with their exploration
@@ -75,10 +76,16 @@ class Problem:
     def __post_init__(self) -> None:
         profile, put = self.profile, object.__setattr__
         allowed = allowed_strategies(profile, self.constraints)
-        measured = np.isfinite(profile.scores(self.criterion, profile.progress)[0])
-        explored = allowed & measured.all(axis=0)
-        put(self, "weights", _weights(self.exploration, explored, len(allowed)))
         put(self, "speeds", speeds(profile, self.criterion) if self.mode == "trajectory" else None)
+        found = profile.scores(self.criterion, profile.progress)[0] if self.speeds is None else self.speeds.speed
+        measured = np.isfinite(found[np.isfinite(found).any(axis=1)]).all(axis=0)
+        put(self, "explored", allowed & measured)
+        if self.exploration and not self.explored.any():
+            raise UsageError(
+                f"exploration={self.exploration} has nothing to explore: no allowed strategy was measured at every "
+                "point of the profile; measure the missing cells, or leave it out"
+            )
+        put(self, "weights", _weights(self.exploration, self.explored, len(allowed)))
         put(self, "mixed_speeds", self.speeds)
         usable = np.broadcast_to(allowed, (self.slices, len(allowed))).copy()
         if self.speeds is None:
@@ -182,13 +189,25 @@ class Problem:
             positions[k + 1] = advance(k, 1, positions[k : k + 1], np.array([c]))[0]
         return positions
 
+    @property
+    def step_cost(self) -> FloatArray:
+        """Units of a step of the dearest strategy that a candidate draws, (C,)."""
+        cost = np.where(np.isfinite(self.profile.cost), self.profile.cost, 0.0)
+        return np.asarray(self.profile.batch_size * np.where(self.weights > 0, cost, 0.0).max(axis=1))
+
+    def rules_for(self, budget: float) -> Rules:
+        """The rules, without candidates of which the budget does not pay for a step."""
+        pure = self.profile.batch_size * np.where(np.isfinite(self.profile.cost), self.profile.cost, np.inf)
+        rows = np.array([self.explores(k) for k in range(self.slices)])[:, None]
+        return replace(self.rules, usable=self.rules.usable & (np.where(rows, self.step_cost, pure) <= budget))
+
     def solve(self, budget: float, *, intervals: int = INTERVALS) -> tuple[IntArray, bool]:
         """The best path (N,), and whether it is known to be exactly that. Raises InfeasibleError."""
-        limit, seconds = self.constraints.max_seconds, self.seconds(budget)
+        limit, seconds, rules = self.constraints.max_seconds, self.seconds(budget), self.rules_for(budget)
         if limit is None or seconds is None:
             tabulated = self.mode == "trajectory" and self.rules.strategies * self.rules.counted > self._few
-            return best_path(self.rules, self.advance(budget)), not tabulated
-        rules = replace(self.rules, usable=self.rules.usable & np.isfinite(seconds))
+            return best_path(rules, self.advance(budget)), not tabulated
+        rules = replace(rules, usable=rules.usable & np.isfinite(seconds))
         seconds = np.where(rules.usable, seconds, 0.0)
         if self.mode == "trajectory":
             path, is_exact = best_path_within(rules, self.advance(budget), seconds, limit, intervals=intervals)
@@ -277,7 +296,7 @@ class Problem:
 
 def _weights(exploration: float, explored: NDArray[np.bool_], strategies: int) -> FloatArray:
     own = np.eye(strategies)
-    if not exploration or not explored.any():
+    if not exploration:
         return own
     return np.asarray((1 - exploration) * own + exploration * explored / explored.sum())
 

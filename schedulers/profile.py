@@ -5,8 +5,10 @@ Shape legend: T profiled progress points, C strategies in `grid.strategies()` or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,15 +28,16 @@ class Profile:
     `progress` (T,) strictly increasing in [0, 1]; `cost` (C,) units per sample under `cost_model`, NaN
     where not known; `moments` (T, C), NaN where not measured; `covariance` (T, C, 5, 5) of the
     estimates in the order of MOMENTS, or None; `batch_size` is the K of the profiled run and `beta`
-    the budget of one update in units. `digest` identifies the cube; `reference_budget` is the budget
-    in units of the run that was profiled, None when unknown. `contenders`: per criterion's name (T, C), the
-    strategies that a race by that criterion had not ruled out; others have fewer samples, whose luck must not make
-    them win later, and score worse than the best contender, by HAIR of its score at least.
+    the budget of one update in units. `digest` identifies the cube; `reference_budget` is the budget of
+    the run that was profiled, in units of `cost_model`, None when unknown. `contenders`: per criterion's name (T, C),
+    the strategies that a race by that criterion and these costs had not ruled out; others have fewer samples, whose
+    luck must not make them win later, and score worse than the best contender, by HAIR of its score at least.
 
     `influence` (T, C, 5, R), or None: how much each of R groups of sub-batches moves the estimates, such that
-    sum_r influence_r influence_r^T is `covariance`, and sum_r of the product of two strategies' rows the covariance
-    BETWEEN their estimates, which are measured on the same images; 0 where not measured. Where all strategies share
-    the reference's norm_sq_ref, they share its row here, whatever `covariance` says of their own.
+    sum_r influence_r influence_r^T is `covariance` (in expectation only, where several sub-batches share a group), and
+    sum_r of the product of two rows, also of other strategies and points, the covariance BETWEEN their estimates, which
+    are measured on the same images; 0 where not measured. Where all strategies share the reference's norm_sq_ref, they
+    share its row here, whose products with a strategy's others are not the strategy's own `covariance`.
     `seconds` and `memory` (C,), or None: seconds of a training step and bytes of activations kept for its backward
     pass, per sample, NaN where not measured. `pilot`: the stages of the schedule that the profiled run was trained
     under, None when unknown. Raises UsageError, naming the field, when shapes or values do not fit.
@@ -80,12 +83,27 @@ class Profile:
             self._check_measured(name)
         if self.batch_size < 1 or not self.beta > 0:
             raise UsageError(f"batch_size={self.batch_size} and beta={self.beta} must be positive")
-        if self.pilot is not None:
-            object.__setattr__(self, "pilot", tuple(self.pilot))
-            try:
-                Schedule(stages=self.pilot)
-            except ScheduleError as error:
-                raise UsageError(f"pilot: {error}") from None
+        self._check_pilot()
+
+    def _check_pilot(self) -> None:
+        budget = self.reference_budget
+        if budget is not None and (
+            isinstance(budget, bool) or not (isinstance(budget, Real) and math.isfinite(budget) and budget > 0)
+        ):
+            raise UsageError(
+                f"reference_budget={budget!r} must be a positive number of units, or None where it is not known"
+            )
+        if self.pilot is None:
+            return
+        object.__setattr__(self, "pilot", tuple(self.pilot))
+        try:
+            Schedule(stages=self.pilot)
+        except ScheduleError as error:
+            raise UsageError(f"pilot: {error}") from None
+        if set(self.pilot[0].strategy) != set(self.grid.axes):
+            raise UsageError(
+                f"pilot: {self.pilot[0].strategy} has other axes than the grid ({', '.join(self.grid.axes)})"
+            )
 
     def _check_influence(self) -> None:
         if self.influence is None:

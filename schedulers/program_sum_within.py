@@ -17,7 +17,7 @@ import numpy as np
 
 from schedulers.errors import InfeasibleError
 from schedulers.program import FloatArray, IntArray, Predecessors, Rules, additive, best_path
-from schedulers.program_within import HAIR, best_path_within, least_seconds_path, path_seconds
+from schedulers.program_within import ROUNDING, best_path_within, least_seconds_path, path_seconds
 
 MOST_LABELS = 300_000  # after one slice; beyond it the answer is that of `best_path_within`
 
@@ -32,10 +32,10 @@ def best_sum_within(rules: Rules, score: FloatArray, seconds: FloatArray, limit:
     score, seconds = (np.where(rules.usable, values, 0.0) for values in (score, seconds))
     rows = np.arange(rules.slices)
     path = best_path(rules, additive(score))
-    if path_seconds(seconds, path) <= limit * (1 + HAIR):
+    if path_seconds(seconds, path) <= limit * (1 + ROUNDING):
         return path, float(score[rows, path].sum())
     fastest = least_seconds_path(rules, seconds)
-    if path_seconds(seconds, fastest) > limit * (1 + HAIR):
+    if path_seconds(seconds, fastest) > limit * (1 + ROUNDING):
         raise InfeasibleError(f"no sequence of strategies that keeps the constraints takes at most {limit:g} seconds")
     price, bound, known = _price(rules, score, seconds, limit, path, fastest)
     search = _Search(rules, score, seconds, limit, price)
@@ -65,11 +65,11 @@ def _price(
         path = best_path(rules, additive(score - price * seconds))
         value, taken = facts(path)
         reached = value - price * (taken - limit)
-        if taken <= limit * (1 + HAIR) and value > facts(known)[0]:
+        if taken <= limit * (1 + ROUNDING) and value > facts(known)[0]:
             known = path
         if reached <= bound + 1e-12 * (abs(bound) + abs(v0)) or taken in (s0, s1):
             return price, max(bound, reached), known
-        if taken <= limit * (1 + HAIR):
+        if taken <= limit * (1 + ROUNDING):
             fast = path
         else:
             slow = path
@@ -96,7 +96,7 @@ class _Labels:
 
 class _Search:
     def __init__(self, rules: Rules, score: FloatArray, seconds: FloatArray, limit: float, price: float) -> None:
-        self.rules, self.seconds, self.limit, self.price = rules, seconds, limit * (1 + HAIR), price
+        self.rules, self.seconds, self.limit, self.price = rules, seconds, limit * (1 + ROUNDING), price
         self.counts = rules.counted > 1 or rules.max_switches == 0
         self.through = rules.through()
         self.score = score

@@ -33,7 +33,7 @@ from schedulers.program import (
 
 INTERVALS = 200
 DISTINCT = 2000  # as many different values of a path's seconds are told apart exactly
-HAIR = 1e-9  # of the limit: what rounding may add to a sum of seconds
+ROUNDING = 1e-9  # of the limit: what rounding may add to a sum of seconds
 
 
 def least_seconds_path(rules: Rules, seconds: FloatArray) -> IntArray:
@@ -60,9 +60,9 @@ def best_path_within(
     InfeasibleError when no path keeps rules and limit.
     """
     path = best_path(rules, advance, start)
-    if path_seconds(seconds, path) <= limit * (1 + HAIR):
+    if path_seconds(seconds, path) <= limit * (1 + ROUNDING):
         return path, True
-    if path_seconds(seconds, least_seconds_path(rules, seconds)) > limit * (1 + HAIR):
+    if path_seconds(seconds, least_seconds_path(rules, seconds)) > limit * (1 + ROUNDING):
         raise InfeasibleError(f"no sequence of strategies that keeps the constraints takes at most {limit:g} seconds")
     return _Labels(rules, advance, seconds, limit, start, intervals).best()
 
@@ -85,7 +85,7 @@ class _Labels:
         least_N = np.where(rules.usable, seconds, np.inf).min(axis=1)
         slack = np.where(rules.usable, seconds - least_N[:, None], 0.0)
         self.slack_sum = np.concatenate([np.zeros((1, rules.strategies)), slack.cumsum(axis=0)])
-        self.room = limit * (1 + HAIR) - float(least_N.sum())
+        self.room = limit * (1 + ROUNDING) - float(least_N.sum())
         sums = _distinct_sums(slack, self.room)
         self.exact = sums is not None
         self.edges = np.linspace(0, self.room, intervals + 1)[1:-1] if sums is None else (sums[1:] + sums[:-1]) / 2
@@ -203,11 +203,11 @@ class _Part:
 
 def _distinct_sums(slack: FloatArray, room: float) -> FloatArray | None:
     """All values up to `room` that sums of `slack` (N, C) over the first slices can take; None when they are many."""
-    step = max(room, float(slack.max()), 1e-300) * HAIR
+    step = max(room, float(slack.max()), 1e-300) * ROUNDING
     sums = everything = np.zeros(1)
     for slack_C in slack:
         sums = np.unique((sums[:, None] + np.unique(np.round(slack_C / step))).ravel())
-        sums = sums[sums * step <= room * (1 + HAIR) + step]
+        sums = sums[sums * step <= room * (1 + ROUNDING) + step]
         everything = np.union1d(everything, sums)
         if everything.size > DISTINCT:
             return None
@@ -223,7 +223,7 @@ def with_fewer_switches(
     returns any. A stage between two of one strategy is moved before or after them while nothing is lost by it.
     """
     worth = value(path)
-    slack = HAIR * abs(worth)
+    slack = ROUNDING * abs(worth)
     moved = True
     while moved:
         moved = False
@@ -235,7 +235,7 @@ def with_fewer_switches(
             for order in ((path[b:c], path[a:b], path[c:d]), (path[a:b], path[c:d], path[b:c])):
                 other = path.copy()
                 other[a:d] = np.concatenate(order)
-                fits = path_seconds(seconds, other) <= limit * (1 + HAIR)
+                fits = path_seconds(seconds, other) <= limit * (1 + ROUNDING)
                 if fits and _keeps(rules, other) and value(other) >= worth - slack:
                     path, moved = other, True
                     break

@@ -10,8 +10,8 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,9 @@ class Schedule:
         A step runs the stage at the fraction spent before it, for batch · cost units (the expected cost
         of a mixture); the run ends before the first step that the rest of the budget does not pay for.
         So a step that begins a stage early runs over its end, and nothing is ever spent over the budget.
-        Counted in exact arithmetic: a sum of rounded costs that ends exactly at a stage's edge, or at the
-        budget's, may come to one step more or less there.
+        Costs and budget are those of `cost_model`; the bundled trainer counts in `tokens` and runs a
+        schedule of another model `in_costs` of these. Counted in exact arithmetic: a sum of rounded costs
+        that ends exactly at a stage's edge, or at the budget's, may come to one step more or less there.
 
         Raises UsageError for a schedule without a budget and for a batch below 1.
         """
@@ -223,6 +224,32 @@ def mixed_schedule(strategies: Sequence[Strategy], costs: Sequence[float]) -> Sc
     weight = 1 / len(strategies)
     cost = math.fsum(float(c) for c in costs) / len(costs)
     return Schedule(stages=(Stage(0.0, 1.0, tuple((s, weight) for s in strategies), cost),))
+
+
+def in_costs(schedule: Schedule, cost: Callable[[Strategy], float], cost_model: str) -> Schedule:
+    """The same run counted in other costs: every stage lasts for as many samples as before.
+
+    `cost` gives units per sample of a strategy under `cost_model`, C' of a stage the mean by its mixture's weights.
+    A stage's share of the budget becomes proportional to (end − start) · C' / C, which also moves the edges, and the
+    budget, if there is one, B' = B Σ (end − start) · C' / C. What was predicted in the old units (scores, `predicted`)
+    is left out. Raises ScheduleError for costs that are not positive numbers.
+    """
+    costs = [math.fsum(w * float(cost(s)) for s, w in stage.mixture if w > 0) for stage in schedule.stages]
+    if not all(math.isfinite(value) and value > 0 for value in costs):
+        raise ScheduleError(f"cost: the stages cost {costs} under {cost_model}; costs must be positive numbers")
+    spent = [(stage.end - stage.start) * new / stage.cost for stage, new in zip(schedule.stages, costs, strict=True)]
+    total = math.fsum(spent)
+    edges = [0.0, *(math.fsum(spent[: i + 1]) / total for i in range(len(spent) - 1)), 1.0]
+    return replace(
+        schedule,
+        stages=tuple(
+            replace(stage, start=edges[i], end=edges[i + 1], cost=costs[i], score=None, score_se=None)
+            for i, stage in enumerate(schedule.stages)
+        ),
+        budget=None if schedule.budget is None else schedule.budget * total,
+        cost_model=cost_model,
+        predicted={},
+    )
 
 
 def load_schedule(path: str | os.PathLike[str]) -> Schedule:

@@ -124,6 +124,11 @@ def speeds(profile: Profile, criterion: str | Criterion) -> Speeds:
     chosen = get_criterion(criterion)
     gain_T = pilot_gain(profile, chosen)
     there = np.isfinite(gain_T)
+    if not np.isfinite(profile.scores(chosen, profile.progress)[0]).any():
+        raise UsageError(
+            f"the profile gives no {chosen.name} score at any progress (metric {profile.metric}, costs "
+            f"{profile.cost_model}): cells or costs are missing; profile them first"
+        )
     if not there.any():
         raise UsageError(
             f"the {chosen.name} score of the profiled run itself is not above 0 at any progress (metric "
@@ -135,41 +140,55 @@ def speeds(profile: Profile, criterion: str | Criterion) -> Speeds:
 
 
 def gains(profile: Profile, criterion: Criterion) -> tuple[FloatArray, FloatArray]:
-    """Gain per unit of every strategy at the profiled points, and its standard error: (T, C) each.
+    """Gain per unit of every strategy at the profiled points (`gains_of`) and its standard error: (T, C) each."""
+    score, se = profile.scores(criterion, profile.progress)
+    gain = gains_of(score, criterion)
+    return gain, se * gain**2 if criterion.lower_is_better else se
+
+
+def gains_of(score: FloatArray, criterion: Criterion) -> FloatArray:
+    """Scores (..., C) as gain per unit: NaN where the score is.
 
     The score itself where higher is better. Where lower is better its inverse, as a strategy with half the error
     needs half the budget; a score that is not positive (an error lost in noise) counts as the smallest positive one
-    of its point. NaN where the score is; the error is NaN without a covariance.
+    of its point.
     """
-    score, se = profile.scores(criterion, profile.progress)
     if not criterion.lower_is_better:
-        return score, se
-    positive = np.where(score > 0, score, np.nan)
-    least = np.where(np.isnan(positive).all(axis=1), np.nan, np.nanmin(np.nan_to_num(positive, nan=np.inf), axis=1))
-    read = np.where(np.isnan(score), np.nan, np.where(score > 0, score, least[:, None]))
-    return 1 / read, se / read**2
+        return score
+    least = np.where(score > 0, score, np.inf).min(axis=-1, keepdims=True)
+    least = np.where(np.isfinite(least), least, np.nan)
+    return np.asarray(1 / np.where(np.isnan(score), np.nan, np.where(score > 0, score, least)))
+
+
+def pilot_shares(profile: Profile) -> FloatArray:
+    """Shares of the budget (T, C) that the profiled run spent on the strategies at each profiled point.
+
+    All on the reference for a run that is not known, or that ran nothing of the grid there.
+    """
+    share = np.zeros((profile.progress.size, len(profile.grid)))
+    share[:, profile.reference_index] = 1.0
+    if profile.pilot is None:
+        return share
+    weights, strategies = np.zeros(share.shape), profile.grid.strategies()
+    for t, progress in enumerate(profile.progress):
+        stage = next((s for s in profile.pilot if progress < s.end), profile.pilot[-1])
+        for strategy, weight in stage.mixture:
+            if strategy in strategies and np.isfinite(profile.cost[strategies.index(strategy)]):
+                weights[t, strategies.index(strategy)] = weight
+    known = weights.any(axis=1)
+    share[known] = budget_shares(weights[known], np.where(np.isfinite(profile.cost), profile.cost, 0.0))
+    return share
 
 
 def pilot_gain(profile: Profile, criterion: Criterion) -> FloatArray:
     """Gain of what the profiled run ran at each profiled point, (T,): at least its standard error, NaN if not above 0.
 
-    The run's mixture gains the mean of its strategies by their shares of the budget. A run that is not known, or
-    that ran nothing of the grid, counts as the reference.
+    The run's mixture gains the mean of its strategies by their shares of the budget; their errors are added as if
+    fully correlated, since they were measured on the same images.
     """
     gain_TC, se_TC = gains(profile, criterion)
-    share = np.zeros(gain_TC.shape)
-    share[:, profile.reference_index] = 1.0
-    if profile.pilot is not None:
-        weights, strategies = np.zeros(gain_TC.shape), profile.grid.strategies()
-        for t, progress in enumerate(profile.progress):
-            stage = next((s for s in profile.pilot if progress < s.end), profile.pilot[-1])
-            for strategy, weight in stage.mixture:
-                if strategy in strategies and np.isfinite(profile.cost[strategies.index(strategy)]):
-                    weights[t, strategies.index(strategy)] = weight
-        known = weights.any(axis=1)
-        share[known] = budget_shares(weights[known], np.where(np.isfinite(profile.cost), profile.cost, 0.0))
-    gain_T = shared_mean(share, gain_TC)
-    se_T = np.sqrt(np.where(share > 0, share**2 * np.nan_to_num(se_TC) ** 2, 0.0).sum(axis=1))
+    share = pilot_shares(profile)
+    gain_T, se_T = shared_mean(share, gain_TC), (share * np.nan_to_num(se_TC)).sum(axis=1)
     return np.asarray(np.where(gain_T > 0, np.maximum(gain_T, se_T), np.nan))
 
 

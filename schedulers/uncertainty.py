@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments, get_criterion, readable
 from schedulers.errors import UsageError
+from schedulers.mixing import shared_mean
 from schedulers.problem import Problem
 from schedulers.profile import Profile, interpolate
 from schedulers.program import IntArray
 from schedulers.stage import Stage
-from schedulers.trajectory import pilot_gain
+from schedulers.trajectory import gains_of, pilot_gain, pilot_shares
 
 DRAWS = 400
 SURE = 0.9  # probability from which on a stage counts as decided
@@ -67,6 +68,8 @@ class CellWish:
 
 def moment_draws(profile: Profile, draws: int, seed: int) -> Moments:
     """Moments (B, T, C) that the measurements allow. Raises UsageError for a profile without standard errors."""
+    if draws < 1 or seed < 0:
+        raise UsageError(f"draws={draws} must be at least 1 and seed={seed} at least 0")
     generator = np.random.default_rng(seed)
     estimate = np.stack([getattr(profile.moments, name) for name in MOMENTS], axis=-1)
     if profile.influence is not None:
@@ -74,7 +77,10 @@ def moment_draws(profile: Profile, draws: int, seed: int) -> Moments:
         noise = generator.standard_normal((draws, replicates))
         errors = (noise @ profile.influence.reshape(-1, replicates).T).reshape(draws, points, strategies, moments)
     elif profile.covariance is not None:
-        sigma = np.where(np.isfinite(profile.covariance), profile.covariance, 0.0)
+        known = np.asarray(np.isfinite(profile.covariance).all(axis=(-2, -1)))
+        if (np.isfinite(estimate).all(axis=-1) & ~known).any():
+            raise UsageError("the profile has no standard errors of some measured cells; leave out draws")
+        sigma = np.where(known[..., None, None], profile.covariance, 0.0)
         level, axes = np.linalg.eigh(sigma)
         root = axes * np.sqrt(np.maximum(level, 0.0))[..., None, :]
         noise = generator.standard_normal((draws, *estimate.shape))
@@ -93,8 +99,8 @@ def moment_draws(profile: Profile, draws: int, seed: int) -> Moments:
 def worth_draws(profile: Profile, criterion: Criterion, mode: str, draws: int, seed: int) -> FloatArray:
     """What strategies are compared by at the profiled points, larger is better: (B, T, C) of as many draws.
 
-    By trajectory the speed (`trajectory.speeds`, over the pilot's estimated gain in every draw: how fast the pilot
-    itself went is no matter of measurement), NaN where that is not known; by fraction the score with its sign.
+    By trajectory the speed relative to the pilot's in the same draw (`trajectory.speeds`: the pilot moves at 1 by
+    definition), NaN where that is not known; by fraction the score with its sign.
     """
     moments = readable(moment_draws(profile, draws, seed), profile.covariance)
     batch, ref = profile.batch_size, profile.reference_cost
@@ -103,11 +109,11 @@ def worth_draws(profile: Profile, criterion: Criterion, mode: str, draws: int, s
     score = profile.without_losers_luck(criterion, score)
     if mode == "fraction":
         return -score if criterion.lower_is_better else score
-    if criterion.lower_is_better:
-        least = np.where(score > 0, score, np.inf).min(axis=-1, keepdims=True)
-        least = np.where(np.isfinite(least), least, np.nan)
-        score = 1 / np.where(np.isnan(score), np.nan, np.where(score > 0, score, least))
-    return np.asarray(score / pilot_gain(profile, criterion)[:, None])
+    gain, known_T = gains_of(score, criterion), pilot_gain(profile, criterion)
+    pilot_BT = shared_mean(pilot_shares(profile), gain)
+    # a draw in which the pilot hardly moves says nothing of speeds: its estimate's tenth is the least
+    pilot_BT = np.where(np.isfinite(known_T), np.maximum(pilot_BT, 0.1 * known_T), np.nan)
+    return np.asarray(gain / pilot_BT[..., None])
 
 
 def stage_doubts(
@@ -129,7 +135,7 @@ def stage_doubts(
     """
     chosen = get_criterion(criterion)
     points = sum(len(p) for p in positions)
-    draws = max(50, min(draws, _NUMBERS // max(1, points * len(profile.grid))))
+    draws = min(draws, max(50, _NUMBERS // max(1, points * len(profile.grid))))
     worth = worth_draws(profile, chosen, mode, draws, seed)
     strategies = profile.grid.strategies()
     there = np.asarray(np.isfinite(worth).any(axis=(0, 2)))  # points that say something

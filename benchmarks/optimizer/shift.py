@@ -1,18 +1,19 @@
 """How schedules depend on the budget, on cubes of real runs: three budgets a factor 8 apart.
 
-    python -m benchmarks.optimizer.shift [--seeds 0 1] [--budget 2M] [--quick] [--device cpu]
+    python -m benchmarks.optimizer.shift [--runs mixed none] [--quick] [--device cpu]
 
-For every seed a mixed run of the bundled trainer (MoCo-v3, the demo's ViT, Fashion-MNIST, base patch 2, 16
-strategies), a profile of nine of its checkpoints, and schedules by trajectory for a 64th, an 8th and all of the
-run's budget, with the mean cost per sample and the share of the budget that goes to base patches. Runs and cubes lie in
-`build/optimizer` and are continued there; `results/shift.json` keeps the schedules, `results/cube-<seed>.json` the
-scores they rest on.
+Two runs of the bundled trainer (MoCo-v3, the demo's ViT, Fashion-MNIST, base patch 2, 16 strategies, batch 64): a mixed
+one of 2M units and one without acceleration of 500K. Nine checkpoints of each are profiled, and schedules found by
+trajectory for a 64th, an 8th and all of the run's budget, with the mean cost per sample and the share of the budget
+that goes to base patches. Runs and cubes lie in `build/optimizer` and are continued there; `results/shift.json` keeps
+the schedules and the scores they rest on, `results/<run>-<budget>.json` the schedules by `descent` as files.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, table
-from schedulers import Profile, Schedule, optimize, parse_count
+from schedulers import Profile, Schedule, optimize, save_schedule
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "optimizer"
@@ -32,6 +33,7 @@ COMMAND = "python -m benchmarks.optimizer.shift"
 GRID = "patch=2,4,7,14;dropout=0,0.25,0.5,0.75"
 CHECKPOINTS = (0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)
 PARTS = (64, 8, 1)
+RUNS = {"mixed": "2M", "none": "500K"}
 CRITERIA = (("descent", "optimizer"), ("ca-mse", "euclidean"))
 
 
@@ -39,13 +41,13 @@ def gradscope(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "gradscope", *arguments], cwd=WORK, check=True)
 
 
-def make_cube(seed: int, budget: str, device: str) -> Path:
+def make_cube(schedule: str, budget: str, device: str) -> Path:
     """Train and profile what is missing; the cube's path."""
     WORK.mkdir(parents=True, exist_ok=True)
-    run, cube = f"pilot-{seed}", f"cube-{seed}.nc"
+    run, cube = f"{schedule}-{budget}", f"{schedule}-{budget}.nc"
     points = ",".join(map(str, CHECKPOINTS))
     gradscope(
-        "train", "--budget", budget, "--schedule", "mixed", "--grid", GRID, "--seed", str(seed), "--out", run,
+        "train", "--budget", budget, "--schedule", schedule, "--grid", GRID, "--seed", "0", "--out", run,
         "--set", f"checkpoints=({points})", "--device", device,
     )  # fmt: skip
     gradscope("profile", run, "-o", cube, "--device", device)
@@ -77,16 +79,19 @@ def facts(plan: Schedule, base: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_cube(path: Path) -> dict[str, Any]:
+def of_cube(path: Path) -> tuple[dict[str, Any], list[Schedule]]:
+    """What is kept of a cube, and the schedules of the first criterion."""
     from gradscope.cube import open_cube, profile_of
 
     cube = open_cube(path).dataset
     found: dict[str, Any] = {"units": float(cube.attrs["units"]), "schedules": {}, "scores": {}}
+    first: list[Schedule] = []
     for criterion, metric in CRITERIA:
         profile: Profile = profile_of(cube, metric=metric)
         assert profile.reference_budget is not None
         budgets = [profile.reference_budget / part for part in PARTS]
         plans = [optimize(profile, b, criterion=criterion, progress="trajectory", draws=200) for b in budgets]
+        first = first or plans
         base = dict(profile.grid.reference)
         found["schedules"][f"{criterion}, {metric}"] = [facts(plan, base) for plan in plans]
         score, se = profile.scores(criterion, profile.progress)
@@ -96,47 +101,54 @@ def of_cube(path: Path) -> dict[str, Any]:
             "score": np.round(score, 5).tolist(),
             "se": np.round(se, 5).tolist(),
         }
-    return found
+    return found, first
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """Rows for `summary.json`: mean cost per sample at the three budgets, over the seeds."""
+    """Rows for `summary.json`: mean cost per sample at the three budgets, and what they spend on base patches."""
     made = []
-    for criterion, metric in CRITERIA:
-        name = f"{criterion}, {metric}"
-        costs = np.array([[s["mean_cost"] for s in cube["schedules"][name]] for cube in results["seeds"].values()])
-        rises = bool((costs[:, -1] > costs[:, 0]).all() and (np.diff(costs, axis=1) >= -1e-9).all())
-        for i, part in enumerate(PARTS):
-            column = costs[:, i]
+    for (criterion, metric), (run, cube) in itertools.product(CRITERIA, results["runs"].items()):
+        found = cube["schedules"][f"{criterion}, {metric}"]
+        costs = [plan["mean_cost"] for plan in found]
+        grows = costs == sorted(costs) and costs[-1] > costs[0]
+        for part, plan in zip(PARTS, found, strict=True):
             what = "all" if part == 1 else f"1/{part}"
-            claim = f"units per sample of the schedule by trajectory ({name}) at {what} of the pilot's budget"
-            aim = "rises with the budget, every seed"
-            mean, low, high = float(column.mean()), float(column.min()), float(column.max())
-            device, date = results["device"], results["date"]
-            made.append(Row(claim, mean, "units", low, high, aim, rises, device, date, len(column), COMMAND))
+            made.append(
+                Row(
+                    claim=f"{run} run: units per sample of the schedule for {what} of its budget ({criterion})",
+                    value=plan["mean_cost"],
+                    unit="units",
+                    low=None,
+                    high=None,
+                    aim="grows with the budget",
+                    holds=grows,
+                    device=results["device"],
+                    date=results["date"],
+                    runs=1,
+                    command=COMMAND,
+                )
+            )
     return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--budget", default="2M")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="one seed and 20K units, for a look; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="20K units, for a look; writes nothing")
     options = parser.parse_args()
-    budget = "20K" if options.quick else options.budget
-    parse_count(budget)
-    seeds = [1000] if options.quick else options.seeds
     results: dict[str, Any] = {
         "device": device_text(options.device, 1),
         "date": datetime.date.today().isoformat(),
-        "budget": budget,
-        "seeds": {},
+        "runs": {},
     }
-    for seed in seeds:
-        results["seeds"][str(seed)] = of_cube(make_cube(seed, budget, options.device))
+    for run in options.runs:
+        found, plans = of_cube(make_cube(run, "20K" if options.quick else RUNS[run], options.device))
+        results["runs"][f"{run}, {RUNS[run]}"] = found
+        for plan in plans:
+            if not options.quick:
+                save_schedule(plan, FILE.with_name(f"{run}-{plan.budget:.0f}.json"))
     if not options.quick:
-        FILE.parent.mkdir(exist_ok=True)
         FILE.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table([("optimizer", row) for row in rows(results)]))
 

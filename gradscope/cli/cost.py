@@ -56,7 +56,10 @@ def cost(
         typer.Option("--measure", help="Time training steps on this device, and count their FLOPs and memory."),
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="Measured without CKPT_DIR: demo, tiny, small (default) or base.")
+        str | None,
+        typer.Option(
+            help="Measured without CKPT_DIR: demo, tiny, small (default) or base; --cube needs it to be named."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Samples per measured step; default: the run's, without CKPT_DIR 64.")
@@ -98,6 +101,11 @@ def cost(
     elif task is not None and (measure or cube):
         raise UsageError(f"--task {task}: give the folder of its checkpoints, too")
     tree = None if cube is None else _open(cube)
+    if cube is not None and ckpt_dir is None and model is None:
+        raise UsageError(
+            f"--cube {cube}: of which model? Give the folder of its checkpoints (gradscope cost CKPT_DIR --cube "
+            f"{cube}), or --model for the costs of a bundled model with random weights"
+        )
     if ckpt_dir is not None:
         chosen, loaded = _open_run(ckpt_dir, task, data_folder, device)
         if grid is not None:
@@ -115,6 +123,8 @@ def cost(
         chosen, loaded = _synthetic(strategies, method, model or "small", size, batch_size, device)
     if tree is not None:
         _check_fits(tree.dataset, chosen, str(cube))
+        if ckpt_dir is None:
+            note(f"note: {cube} gets the costs of the bundled model {model} on random numbers, whichever it profiled")
     costs = _measure(chosen, loaded, batch_size, repeats, seed, quiet or as_json)
     rows = measured_rows(chosen, costs)
     lines = cost_text(rows, chosen.grid, costs)
@@ -238,11 +248,17 @@ def _check_fits(cube: xr.Dataset, task: Task, path: str) -> None:
 
 
 def _write(path: Path, tree: xr.DataTree, found: MeasuredCosts) -> list[str]:
-    """Measured costs into the cube's file."""
+    """Measured costs into the cube's file, beside those of other strategies if measured under the same conditions."""
     from gradscope.cube import groups_of, save_cube
-    from gradscope.cube_costs import MEASURED, put_costs
+    from gradscope.cube_costs import MEASURED, lost_costs, put_costs
 
     values = {name: {s: float(getattr(c, name)) for s, c in found.costs.items()} for name in MEASURED}
+    lost = lost_costs(tree.dataset, list(found.costs), found.about())
+    if lost:
+        note(
+            f"note: {lost} {'strategies lose their' if lost > 1 else 'strategy loses its'} measured costs, which were "
+            "of another device, number of threads, batch size or model; leave out --grid to measure all"
+        )
     save_cube(put_costs(tree.to_dataset(), values, found.about()), groups_of(tree), path)
     trained = int(tree.attrs["batch_size"])
     if trained != found.batch_size:

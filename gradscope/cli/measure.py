@@ -331,9 +331,34 @@ def _show_schedule(file: Path) -> tuple[dict[str, Any], list[str]]:
     rows = [[column[i] for column in known.values()] for i in range(len(plan.stages))]
     lines = [
         *table(list(known), rows),
-        *(f"predicted {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in plan.predicted.items()),
+        *(line for name, value in plan.predicted.items() for line in _predicted_lines(name, value)),
     ]
     return {"kind": "schedule", **json.loads(plan.to_json())}, lines
+
+
+def _predicted_lines(name: str, value: Any) -> list[str]:
+    """One line, or one for each entry of a list of objects, as of `more_samples`."""
+    if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
+        return [f"predicted {name}: {_value_text(value)}"]
+    return [f"predicted {name}:", *(f"  {_value_text(entry)}" for entry in value)]
+
+
+def _value_text(value: Any) -> str:
+    """JSON, but an object's fields as `name value, name value`, and a strategy as people write it."""
+    import json
+
+    from schedulers import Strategy, UsageError
+
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    texts = []
+    for name, inner in value.items():
+        try:
+            text = str(Strategy(inner)) if name == "strategy" and isinstance(inner, dict) else _value_text(inner)
+        except UsageError:  # edited by hand
+            text = _value_text(inner)
+        texts.append(f"{name} {text}")
+    return ", ".join(texts)
 
 
 def _show_checkpoint(file: Path) -> tuple[dict[str, Any], list[str]]:

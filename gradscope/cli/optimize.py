@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from schedulers import Profile, Schedule
+    from schedulers.errors import Change, InfeasibleError
 
 _BUDGET_FORM = "N[K|M|B]"
 
@@ -25,6 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def optimize(
+    context: typer.Context,
     cube: Annotated[Path, typer.Argument(help="The cube to optimize over.", envvar="GRADSCOPE_CUBE")] = Path("cube.nc"),
     budget: Annotated[
         float | None,
@@ -105,16 +109,25 @@ def optimize(
 
     gradscope optimize --budget 100M
     """
+    import numpy as np
+
     from gradscope.cube import grid_of, open_cube, profile_of
-    from gradscope.errors import UsageError
+    from gradscope.errors import InfeasibleError, UsageError
     from schedulers import Constraints, reference_progress, save_schedule, smallest_budget
     from schedulers import optimize as solve
 
+    if target_progress is not None or match_reference is not None:
+        source = context.get_parameter_source("budget")
+        budget = budget if source is not None and source.name == "COMMANDLINE" else None  # a flag wins over a default
     asked = {"--budget": budget, "--target-progress": target_progress, "--match-reference": match_reference}
     if sum(value is not None for value in asked.values()) != 1:
         raise UsageError(f"give one of {', '.join(asked)}: the budget to spend, or what the smallest one is to reach")
-    if draws < 0:
-        raise UsageError(f"--draws {draws}: at least 0")
+    for name, value in (("--draws", draws), ("--seed", seed)):
+        if value < 0:
+            raise UsageError(f"{name} {value}: at least 0")
+    for name, limit in (("--max-hours", max_hours), ("--max-memory", max_memory)):
+        if limit is not None and not limit > 0:
+            raise UsageError(f"{name} {limit:g}: a positive number of {'hours' if name == '--max-hours' else 'MB'}")
     dataset = open_cube(cube).dataset
     reference = grid_of(dataset).reference
     constraints = Constraints(
@@ -129,58 +142,109 @@ def optimize(
     profile = profile_of(dataset, metric=metric, cost_model=cost_model)
     if profiled_budget is not None:
         profile = replace(profile, reference_budget=profiled_budget)
-    if profile.covariance is None and profile.influence is None:
+    if profile.influence is None and not np.isfinite(np.asarray(profile.covariance, float)).any():
         draws = 0
     given: dict[str, Any] = {
         "criterion": criterion, "constraints": constraints, "slices": slices, "exploration": exploration,
         "draws": draws, "seed": seed,
     }  # fmt: skip
-    if budget is not None:
-        plan = solve(profile, budget, progress=progress, **given)
-    elif progress == "fraction":
-        raise UsageError("--progress fraction has no smallest budget: its schedule is the same for all of them")
-    else:
-        target = target_progress or reference_progress(profile, match_reference or 0.0, criterion=criterion)
-        plan = smallest_budget(profile, target, **given)
+    try:
+        if budget is not None:
+            plan = solve(profile, budget, progress=progress, **given)
+        elif progress == "fraction":
+            raise UsageError("--progress fraction has no smallest budget: its schedule is the same for all of them")
+        else:
+            target = target_progress or reference_progress(profile, match_reference or 0.0, criterion=criterion)
+            plan = smallest_budget(profile, target, **given)
+    except InfeasibleError as error:
+        raise _in_options(error) from None
     save_schedule(plan, out)
-    command, units = more_samples(dataset, cube, plan, profile)
+    wishes = more_samples(dataset, cube, plan, profile)
     emit(
-        {**json.loads(plan.to_json()), "more_samples_command": command, "more_samples_units": units},
-        _lines(profile, plan, out, (command, units), chosen=progress),
+        {
+            **json.loads(plan.to_json()),
+            "more_samples": [{"command": wish.command, "units": wish.units} for wish in wishes],
+        },
+        _lines(profile, plan, out, wishes, chosen=progress),
         as_json=as_json,
     )
 
 
-def more_samples(cube: xr.Dataset, path: Path, plan: Schedule, profile: Profile) -> tuple[str, float]:
-    """The `gradscope profile` command that measures the cells which leave stages open, into `path`, and its units.
+@dataclass(frozen=True)
+class Wish:
+    """A command that measures cells which leave stages open, and the units that it spends."""
 
-    "" and 0 when none do.
+    command: str
+    units: float
+
+
+def more_samples(cube: xr.Dataset, path: Path, plan: Schedule, profile: Profile) -> list[Wish]:
+    """The `gradscope profile` commands that measure the cells which leave stages open, into `path`; [] when none do.
+
+    One command for all checkpoints at which the same strategies get the same number of samples.
     """
     from gradscope.cube import grid_of
     from schedulers import Strategy
 
-    wishes = plan.predicted.get("more_samples", [])
-    if not wishes:
-        return "", 0.0
-    grid, samples = grid_of(cube), 0
-    for wish in wishes:
-        have = int(cube["n_samples"].values[(wish["checkpoint"], *grid.position(Strategy(wish["strategy"])))])
-        samples = max(samples, have * wish["times"])
-    only = dict.fromkeys(str(Strategy(wish["strategy"])) for wish in wishes)
+    grid, wanted = grid_of(cube), dict[int, dict[str, int]]()
+    for wish in plan.predicted.get("more_samples", []):
+        strategy, t = Strategy(wish["strategy"]), int(wish["checkpoint"])
+        have = int(cube["n_samples"].values[(t, *grid.position(strategy))])
+        wanted.setdefault(t, {})[str(strategy)] = have * wish["times"]
+    groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
+    for t, cells in sorted(wanted.items()):
+        groups.setdefault((tuple(cells), max(cells.values())), []).append(t)
+    names, found = profile.grid.strategies(), []
+    for (only, samples), checkpoints in groups.items():
+        parts = [*_profile_command(cube, path), "--checkpoints", ",".join(map(str, checkpoints))]
+        parts += [word for text in only for word in ("--only", text)]
+        chosen = sorted({names.index(Strategy.parse(text)) for text in only} | {profile.reference_index})
+        units = len(checkpoints) * samples * float(profile.cost[chosen].sum())
+        found.append(Wish(shlex.join([*parts, "--samples", str(samples)]), units))
+    return sorted(found, key=lambda wish: wish.units)
+
+
+def _profile_command(cube: xr.Dataset, path: Path) -> list[str]:
+    """The words of the command that made the cube, writing to `path`, its folder found from here or beside the cube."""
     parts = shlex.split(str(cube.attrs.get("profile_command") or "gradscope profile CKPT_DIR"))
-    if "--out" in parts:  # where it was written first; this is the file that was read
+    if "--out" in parts:  # where it was written first; `path` is the file that was read
         at = parts.index("--out")
         del parts[at : at + 2]
-    parts += [] if str(path) == "cube.nc" else ["--out", str(path)]
-    parts += ["--checkpoints", ",".join(str(t) for t in sorted({wish["checkpoint"] for wish in wishes}))]
-    parts += [word for text in only for word in ("--only", text)]
-    names = profile.grid.strategies()
-    chosen = {names.index(Strategy.parse(text)) for text in only} | {profile.reference_index}
-    units = len({wish["checkpoint"] for wish in wishes}) * samples * float(profile.cost[sorted(chosen)].sum())
-    return shlex.join([*parts, "--samples", str(samples)]), units
+    beside = path.parent / parts[2]
+    if not Path(parts[2]).is_dir() and beside.is_dir():
+        parts[2] = str(beside)
+    return parts + ([] if str(path) == "cube.nc" else ["--out", str(path)])
 
 
-def _lines(profile: Profile, plan: Schedule, out: Path, wish: tuple[str, float], *, chosen: str | None) -> list[str]:
+def _in_options(error: InfeasibleError) -> InfeasibleError:
+    """The error with its changes in the command's options and units."""
+    from schedulers.errors import InfeasibleError
+
+    if not error.changes:
+        return error
+    changes = " or ".join(map(_option, error.changes))
+    head = str(error).partition("; ")[0]
+    return InfeasibleError(f"{head}; what is enough: {changes}", error.smallest, error.changes)
+
+
+def _option(change: Change) -> str:
+    name, value = change.name, change.value
+    if name.startswith("monotone="):
+        return f"no --monotone {name.removeprefix('monotone=')}"
+    scale = {"max_seconds": 3600.0, "max_memory": 1e6}.get(name)
+    option = {"allowed": "--allow", "max_seconds": "--max-hours"}.get(name, f"--{name.replace('_', '-')}")
+    if value is None:
+        return f"no {option}"
+    if isinstance(value, str):
+        return f"{option} {value} as well"
+    if scale is not None:  # rounded up
+        digits = 10.0 ** (math.floor(math.log10(value / scale)) - 3)
+        value = math.ceil(value / scale / digits - 1e-9) * digits
+    lower = "" if change.budget is None else f" (or --budget {change.budget:.15g})"
+    return f"{option} {value:.10g}{lower}"
+
+
+def _lines(profile: Profile, plan: Schedule, out: Path, wishes: Sequence[Wish], *, chosen: str | None) -> list[str]:
     from schedulers import format_count
 
     budget, predicted = plan.budget or 0.0, plan.predicted
@@ -208,7 +272,7 @@ def _lines(profile: Profile, plan: Schedule, out: Path, wish: tuple[str, float],
         )
     if not predicted.get("exact", True):
         lines.append("within the limit of time the best schedule is found up to a small part of a percent, not exactly")
-    return [*lines, *_doubt_lines(plan, *wish)]
+    return [*lines, *_doubt_lines(plan, profile, wishes)]
 
 
 def _stage_table(plan: Schedule) -> list[str]:
@@ -248,14 +312,19 @@ def _trajectory_lines(plan: Schedule) -> list[str]:
     from schedulers import format_count
 
     predicted = plan.predicted
-    line = f"predicted progress {predicted['progress']:.3f}; without acceleration {predicted['progress_reference']:.3f}"
+    if predicted["progress_reference"] is None:
+        line = f"predicted progress {predicted['progress']:.3f}; without acceleration: not known, it was not measured"
+    else:
+        line = f"predicted progress {predicted['progress']:.3f}; without acceleration "
+        line += f"{predicted['progress_reference']:.3f}"
     if predicted["speed_up"] is not None:
         line += (
             f", which would need {format_count(predicted['reference_budget'])} units to get as far: "
             f"{predicted['speed_up']:.2f} x"
         )
     lines = [line]
-    if predicted["reference_budget"] is None and predicted["progress"] > predicted["progress_reference"]:
+    alone = predicted["progress_reference"]
+    if predicted["reference_budget"] is None and alone is not None and predicted["progress"] > alone:
         lines.append("without acceleration training would never get as far, by these measurements")
     if predicted["beyond_profile"]:
         lines.append(
@@ -264,10 +333,13 @@ def _trajectory_lines(plan: Schedule) -> list[str]:
         )
     if predicted["stuck"]:
         lines.append("the schedule ends where no allowed strategy is measured to make progress")
+    if predicted.get("not_explored"):
+        left_out = ", ".join(",".join(f"{k}={v}" for k, v in entry.items()) for entry in predicted["not_explored"])
+        lines.append(f"not explored, since not measured at every checkpoint: {left_out}")
     return lines
 
 
-def _doubt_lines(plan: Schedule, command: str, units: float) -> list[str]:
+def _doubt_lines(plan: Schedule, profile: Profile, wishes: Sequence[Wish]) -> list[str]:
     from schedulers import format_count
 
     if not any(stage.probability is not None for stage in plan.stages):
@@ -275,13 +347,23 @@ def _doubt_lines(plan: Schedule, command: str, units: float) -> list[str]:
     lines = [
         "best: how probable it is that the strategy is the best there; else by: how much it falls short if it is not"
     ]
-    if "regret" in plan.predicted:
-        what = "progress" if plan.progress_mode == "trajectory" else "mean score"
+    if profile.influence is None:
         lines.append(
-            f"a schedule from perfect measurements is expected to be {plan.predicted['regret']:.1%} better ({what})"
+            "the cube does not keep what cells share (an older version made it): their errors count as independent, "
+            "which overstates doubt; profile again to know better"
         )
-    if command:
-        lines += [f"cells worth more samples (about {format_count(units)} units):", f"  {command}"]
+    regret = plan.predicted.get("regret", 0.0)
+    what = "progress" if plan.progress_mode == "trajectory" else "mean score"
+    lines.append(
+        f"a schedule from perfect measurements is expected to be {regret:.1%} better ({what}, same constraints)"
+    )
+    if wishes:
+        worth = regret * (plan.budget or 0.0)
+        lines.append(f"cells worth more samples (the doubt is worth about {format_count(worth)} units of this budget):")
+    for wish in wishes:
+        lines += [f"  {wish.command}", f"    about {format_count(wish.units)} units"]
+    if any("CKPT_DIR" in wish.command for wish in wishes):
+        lines.append("  (CKPT_DIR: the folder of the checkpoints)")
     return lines
 
 

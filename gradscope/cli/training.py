@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ from gradscope.cli.console import (
 
 if TYPE_CHECKING:
     from gradscope.config import Setting, TrainConfig
-    from schedulers import Schedule
+    from schedulers import Schedule, Strategy
 
 
 def register(app: typer.Typer) -> None:
@@ -200,7 +201,10 @@ def make_config(values: dict[str, Any], grid: str | None, settings: list[str]) -
 
 
 def make_schedule(text: str, setting: Setting) -> Schedule:
-    """The schedule that an option's text names: none, mixed, stages, or a file. Checks that the model can run it."""
+    """The schedule that an option's text names: none, mixed, stages, or a file. Checks that the model can run it.
+
+    A file whose costs are of another model than `tokens`, which training counts in, becomes the same run in tokens.
+    """
     from gradscope.errors import UsageError
     from schedulers import constant_schedule, load_schedule, mixed_schedule, parse_schedule, token_cost
 
@@ -216,10 +220,6 @@ def make_schedule(text: str, setting: Setting) -> Schedule:
         return mixed_schedule(strategies, [cost(s) for s in strategies])
     if Path(text).is_file():
         plan = load_schedule(text)
-        for name, here in (("budget", config.budget), ("batch_size", config.batch_size)):
-            made_for = getattr(plan, name)
-            if made_for is not None and made_for != here:
-                note(f"note: {text} was made for {name} {made_for:g}, this run has {here:g}")
     elif "=" in text:
         plan = parse_schedule(text, cost=cost, reference=config.reference)
     else:
@@ -234,4 +234,29 @@ def make_schedule(text: str, setting: Setting) -> Schedule:
                     f"--schedule {text!r}: unknown axis {axis!r}; {config.method} has {', '.join(config.reference)}"
                 )
         cost(strategy)  # refuses a patch that does not divide the image, and a dropout that leaves no token
+    if Path(text).is_file():
+        plan = _in_tokens(plan, text, cost)
+        for name, here in (("budget", config.budget), ("batch_size", config.batch_size)):
+            made_for = getattr(plan, name)
+            if made_for is not None and abs(made_for - here) > 0.5:  # a budget may be given in whole units
+                note(f"note: {text} was made for {name} {made_for:.9g}, this run has {here:.9g}")
     return plan
+
+
+def _in_tokens(plan: Schedule, path: str, cost: Callable[[Strategy], float]) -> Schedule:
+    """The plan as it is, or, where it counts other costs than tokens, the same samples counted in tokens."""
+    from schedulers.schedule import in_costs
+
+    if plan.cost_model == "tokens":
+        return plan
+    counted = in_costs(plan, cost, "tokens")
+    budgets = ""
+    if plan.budget is not None:
+        budgets = (
+            f"; its budget of {plan.budget:,.0f} units is {counted.budget:,.0f} here (--budget {counted.budget:.0f})"
+        )
+    note(
+        f"note: {path} counts {plan.cost_model} costs, training counts tokens: its stages get as many samples as it "
+        f"planned{budgets}"
+    )
+    return counted

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     import xarray as xr
 
-    from schedulers.schedule import Schedule
+    from schedulers.schedule import Schedule, Stage
 
 Cell = tuple[int, int]
 """Index along the vertical axis, index along the horizontal axis."""
@@ -83,7 +83,8 @@ def plot_heatmap(
         metric: `euclidean` or `optimizer`; by default `optimizer` where the cube has it.
         axes: one or two axis names, the first drawn horizontally; by default the grid's first two. The other
             axes stay at the reference's value, which the title says.
-        schedule: its strategies at each progress are outlined and marked.
+        schedule: its strategies at each progress are outlined and marked, where it was made by trajectory at the
+            progress it is predicted to be at; there is no mark where it never gets.
         progress: where the slider starts (the nearest measured point); by default at the first.
 
     Lighter is better for every variable that has a better end. Colours span one range over all frames,
@@ -112,7 +113,7 @@ def _heatmap_info(
     best: list[Best | None] = [None] * len(view.progress)
     if shown.is_criterion:
         best = best_strategies(view, shown)
-    shares = [_shares(view, schedule, p) for p in view.progress]
+    shares = [_shares(schedule, float(p)) for p in view.progress]
 
     rows: tuple[AxisValue, ...] = view.grid.axes[up] if up else ("",)
     columns = view.grid.axes[across]
@@ -140,7 +141,10 @@ def _heatmap_info(
         hover=_hover(view, shown, _positions(view, across, up), shares, best),
         chosen=tuple(_chosen_cells(view, share, across, up) for share in shares),
         best=tuple(_cell(view, found.winner.strategy, across, up) if found else None for found in best),
-        notes=tuple(_notes(found, share, fixed) for found, share in zip(best, shares, strict=True)),
+        notes=tuple(
+            _notes(found, share, fixed, gets_there=schedule is None or bool(share))
+            for found, share in zip(best, shares, strict=True)
+        ),
     )
 
 
@@ -175,11 +179,29 @@ def _slice(view: CubeView, array: NDArray[Any], across: str, up: str) -> NDArray
     return np.asarray(array[index])
 
 
-def _shares(view: CubeView, schedule: Schedule | None, progress: float) -> dict[Strategy, float]:
-    """Share of the steps that each strategy has in the schedule at this progress; empty without a schedule."""
-    if schedule is None or schedule.progress_mode != "fraction":
-        return {}
-    return {strategy: weight for strategy, weight in schedule.at(float(progress)).mixture if weight > 0}
+def _shares(schedule: Schedule | None, progress: float) -> dict[Strategy, float]:
+    """Share of the steps that each strategy has in the schedule at this progress; empty where it never gets there."""
+    stage = None if schedule is None else _stage_at(schedule, progress)
+    return {} if stage is None else {strategy: weight for strategy, weight in stage.mixture if weight > 0}
+
+
+def _stage_at(schedule: Schedule, progress: float) -> Stage | None:
+    """The stage that runs at this progress.
+
+    By trajectory the one whose predicted progress, ends included, holds it, of several the one that moves farthest and
+    then the one of most budget; None where none does, as past the progress that the schedule reaches.
+    """
+    if schedule.progress_mode == "fraction":
+        return schedule.at(progress)
+    moves = {i: s.progress for i, s in enumerate(schedule.stages) if s.progress is not None}
+    there = [i for i, (first, last) in moves.items() if first <= progress <= last]
+    if not there:
+        return None
+
+    def length(i: int) -> tuple[float, float]:
+        return moves[i][1] - moves[i][0], schedule.stages[i].end - schedule.stages[i].start
+
+    return schedule.stages[max(there, key=length)]
 
 
 def _main(shares: dict[Strategy, float]) -> list[Strategy]:
@@ -206,7 +228,9 @@ def _chosen_cells(view: CubeView, shares: dict[Strategy, float], across: str, up
     return tuple(sorted(cell for cell in cells if cell is not None))
 
 
-def _notes(best: Best | None, shares: dict[Strategy, float], fixed: dict[str, AxisValue]) -> tuple[str, ...]:
+def _notes(
+    best: Best | None, shares: dict[Strategy, float], fixed: dict[str, AxisValue], *, gets_there: bool
+) -> tuple[str, ...]:
     notes = []
     if best:
         winner = best.winner
@@ -216,6 +240,8 @@ def _notes(best: Best | None, shares: dict[Strategy, float], fixed: dict[str, Ax
         listed = "; ".join(strategy_text(strategy) for strategy in main[:2])
         more = f" and {len(main) - 2} more" if len(main) > 2 else ""
         notes.append(f"Schedule runs: {listed}{more}")
+    elif not gets_there:
+        notes.append("The schedule is not predicted to get here")
     if fixed:
         notes.append("Shown at " + ", ".join(f"{axis} {value}" for axis, value in fixed.items()))
     return tuple(notes)

@@ -108,7 +108,8 @@ def test_cost_writes_what_it_measured_into_a_cube(run, small_run: Path) -> None:
     found = profile_of(after.dataset, cost_model="measured")
     assert np.isfinite(found.seconds).all() and np.isfinite(found.memory).all() and found.reference_cost == 4
     np.testing.assert_allclose(found.cost, 4 * found.seconds / found.seconds[found.reference_index])
-    assert json.loads(after.attrs["measured_json"])["batch_size"] == 16  # the run's
+    told = json.loads(after.attrs["measured_json"])
+    assert told["batch_size"] == 16 and told["source"] == after.attrs["task_digest"]  # the run's
     xr.testing.assert_identical(groups_of(before), groups_of(after))
     xr.testing.assert_identical(before.dataset["moment_cov"], after.dataset["moment_cov"])
     run("profile", small_run, "--samples", 48)
@@ -120,8 +121,27 @@ def test_cost_writes_what_it_measured_into_a_cube(run, small_run: Path) -> None:
     ):
         code, out, err = run("cost", "--cube", "cube.nc", "--model", "demo", *words)
         assert code == 2 and out == "" and message in err
-    code, _, err = run("cost", small_run, "--cube", "cube.nc", "--repeats", 1, "--batch-size", 2, "--quiet")
+    code, _, err = run("cost", small_run, "--cube", "cube.nc", "--grid", "patch=4;dropout=0", "--repeats", 1)
+    assert code == 0 and "lose" not in err
+    joined = profile_of(open_cube(Path("cube.nc")).dataset).seconds
+    assert joined[1:].tolist() == found.seconds[1:].tolist() and joined[0] != found.seconds[0]
+    words = ("--grid", "patch=4;dropout=0", "--repeats", 1, "--batch-size", 2, "--quiet")
+    code, _, err = run("cost", small_run, "--cube", "cube.nc", *words)
     assert code == 0 and "note: measured at a batch of 2, where the cube's run had 16" in err
+    assert "note: 3 strategies lose their measured costs, which were of another device" in err
+    assert np.isnan(profile_of(open_cube(Path("cube.nc")).dataset).seconds[1:]).all()
+
+
+def test_costs_of_a_bundled_model_go_into_a_cube_only_where_it_is_named(run, small_run: Path) -> None:  # type: ignore[no-untyped-def]
+    run("profile", small_run, "--samples", 48, "--checkpoints", "0", "--only", "patch=4")
+    code, _, err = run("cost", "--cube", "cube.nc", "--image-size", 28)
+    assert code == 2 and "gradscope cost CKPT_DIR --cube cube.nc), or --model" in err
+    assert np.isnan(open_cube(Path("cube.nc")).dataset["seconds"]).all()
+    words = ("--model", "demo", "--image-size", 28, "--batch-size", 2, "--repeats", 1)
+    code, _, err = run("cost", "--cube", "cube.nc", *words)
+    assert code == 0 and "note: cube.nc gets the costs of the bundled model demo on random numbers" in err
+    told = json.loads(open_cube(Path("cube.nc")).attrs["measured_json"])
+    assert told["source"] == "random numbers, model demo, method mocov3, image 28"
 
 
 def test_cost_measures_a_task_of_ones_own_without_tokens(run) -> None:  # type: ignore[no-untyped-def]
@@ -138,7 +158,7 @@ def test_cost_measures_a_task_of_ones_own_without_tokens(run) -> None:  # type: 
     failed = rows["half", 2]
     assert failed["seconds"] is failed["flops"] is failed["memory"] is failed["cost"]["measured"] is None
     run("profile", "ckpt_dir", "--task", words[3], "--samples", 24, "--samples-per-cell", "fixed")
-    code, _, err = run("cost", "--cube", "cube.nc")
+    code, _, err = run("cost", "--cube", "cube.nc", "--model", "demo")
     assert code == 2 and "its axes are keep, noise, those to be measured patch, dropout" in err
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from gradscope.cube import open_cube, profile_of, save_cube
 from gradscope.data import ImageData
 from gradscope.merge import merge_cubes
 from gradscope.pilot import training_of
-from schedulers import Strategy, load_schedule, predict, reference_progress
+from schedulers import Schedule, Strategy, load_schedule, predict, reference_progress
 
 Run = Callable[..., tuple[int, str]]
 
@@ -102,40 +102,57 @@ def test_stages_tell_how_sure_they_are(run: Run, cube: Path) -> None:
     other = json.loads(run("optimize", "--budget", "300", "--json", "--seed", "1")[1])["stages"]
     assert [s["strategy"] for s in other] == [s["strategy"] for s in stages]
     none = json.loads(run("optimize", "--budget", "300", "--json", "--draws", "0")[1])
-    assert not any("probability" in stage for stage in none["stages"]) and none["more_samples_command"] == ""
+    assert not any("probability" in stage for stage in none["stages"]) and none["more_samples"] == []
 
 
-def test_the_command_for_more_samples_can_be_pasted(run: Run, cube: Path) -> None:
-    """Its cells, and no others, get the samples it names; the units it told are about those it spends."""
+def test_the_commands_for_more_samples_can_be_pasted(run: Run, cube: Path) -> None:
+    """Their cells, and no others, get the samples they name, for the units that were told."""
     tree = open_cube(cube)
     profile = profile_of(tree.dataset)
-    plan = load_schedule_with_wishes(run, profile)
-    command, units = more_samples(tree.dataset, cube, plan, profile)
-    words = shlex.split(command)
-    assert words[:2] == ["gradscope", "profile"] and "--only" in words
-    dry = json.loads(run(*words[1:], "--dry-run", "--json")[1])
-    wishes = plan.predicted["more_samples"]
-    cells = {(w["checkpoint"], str(Strategy(w["strategy"]))) for w in wishes}
-    assert dry["cells"] >= len(cells) and dry["units"] <= units * (1 + 1e-9)
+    plan = load_schedule_with_wishes(run)
+    wishes = more_samples(tree.dataset, cube, plan, profile)
+    assert len(wishes) == 2  # checkpoints 1 and 2 share their cells and samples, 3 has others
+    cells = {
+        (int(w["checkpoint"]), *profile.grid.position(Strategy(w["strategy"]))) for w in plan.predicted["more_samples"]
+    }
     before = tree.dataset["n_samples"].values.copy()
-    code, _ = run(*words[1:], "--quiet")
-    assert code == 0
+    for wish in wishes:
+        words = shlex.split(wish.command)
+        assert words[:2] == ["gradscope", "profile"]
+        dry = json.loads(run(*words[1:], "--dry-run", "--json")[1])
+        assert 0 < dry["units"] <= wish.units * (1 + 1e-9)
+        assert run(*words[1:], "--quiet")[0] == 0
     after = open_cube(cube).dataset["n_samples"].values
-    grown = {(int(t), int(i), int(j)) for t, i, j in np.argwhere(after != before)}
-    wanted = {(t, *profile.grid.position(Strategy.parse(text))) for t, text in cells}
-    assert wanted <= grown and (after >= before).all()
-    assert all(after[cell] == int(words[-1]) for cell in wanted)
+    grown = {tuple(map(int, at)) for at in np.argwhere(after != before)}
+    assert grown <= cells and all(after[cell] >= 2 * before[cell] for cell in cells)
 
 
-def load_schedule_with_wishes(run: Run, profile: Any) -> Any:
-    """A schedule whose choice between two strategies of one checkpoint is said to be open."""
-    import dataclasses
-
+def load_schedule_with_wishes(run: Run) -> Schedule:
+    """A schedule whose choices at three checkpoints are said to be open."""
     run("optimize", "--budget", "300", "--draws", "0")
     plan = load_schedule("schedule.json")
-    names = [Strategy(patch=7, dropout=0), Strategy(patch=4, dropout=0.5)]
-    wishes = [{"checkpoint": 2, "progress": 0.5, "strategy": dict(s), "times": 2} for s in names]
+    both = [Strategy(patch=7, dropout=0), Strategy(patch=4, dropout=0.5)]
+    cells = [(t, s) for t in (1, 2) for s in both] + [(3, Strategy(patch=7, dropout=0.5))]
+    wishes = [{"checkpoint": t, "progress": t / 4, "strategy": dict(s), "times": 4} for t, s in cells]
     return dataclasses.replace(plan, predicted={**plan.predicted, "more_samples": wishes})
+
+
+def test_the_folder_is_found_beside_the_cube(run: Run, cube: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tree = load_schedule_with_wishes(run), open_cube(cube)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    wishes = more_samples(tree.dataset, Path("../cube.nc"), plan, profile_of(tree.dataset))
+    words = shlex.split(wishes[0].command)
+    assert words[2] == "../ckpt_dir" and words[words.index("--out") + 1] == "../cube.nc"
+    assert run(*words[1:], "--dry-run", "--json")[0] == 0
+
+
+def test_a_target_on_the_command_line_wins_over_a_budget_in_the_environment(
+    run: Run, cube: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADSCOPE_BUDGET", "300")
+    assert run("optimize", "--target-progress", "0.3", "--draws", "0")[0] == 0
+    assert run("optimize", "--target-progress", "0.3", "--budget", "300")[0] == 2
 
 
 def test_limits_of_time_and_memory_need_measured_costs(run: Run, cube: Path) -> None:
@@ -149,7 +166,9 @@ def test_limits_of_time_and_memory_need_measured_costs(run: Run, cube: Path) -> 
     free = json.loads(out)["predicted"]["seconds"]
     assert free > 0
     code, said = run("optimize", "--budget", "300", "--max-hours", 1e-9)
-    assert code == 3 and "relax max_seconds to" in said and "lower the budget to" in said
+    assert code == 3 and "what is enough: --max-hours" in said and "(or --budget" in said
+    hours = said.partition("--max-hours ")[2].split()[0]
+    assert run("optimize", "--budget", "300", "--max-hours", hours, "--draws", "0")[0] == 0
     code, out = run("optimize", "--budget", "300", "--max-hours", free / 3600 * 1.001, "--json", "--draws", "0")
     assert code == 0 and json.loads(out)["predicted"]["seconds"] <= free * 1.001
     least = float(np.nanmin(profile.memory)) / 1e6
@@ -158,7 +177,9 @@ def test_limits_of_time_and_memory_need_measured_costs(run: Run, cube: Path) -> 
     strategies = profile.grid.strategies()
     assert used == {str(strategies[int(np.nanargmin(profile.memory))])}
     code, said = run("optimize", "--budget", "300", "--max-memory", least / 2)
-    assert code == 3 and "relax max_memory to" in said
+    assert code == 3 and "what is enough: --max-memory" in said
+    megabytes = said.partition("--max-memory ")[2].split()[0]
+    assert run("optimize", "--budget", "300", "--max-memory", megabytes, "--draws", "0")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -167,12 +188,13 @@ def test_limits_of_time_and_memory_need_measured_costs(run: Run, cube: Path) -> 
         ((), "give one of --budget, --target-progress, --match-reference"),
         (("--budget", "1K", "--target-progress", "1"), "give one of"),
         (("--budget", "1K", "--draws", "-1"), "--draws -1"),
+        (("--budget", "1K", "--seed", "-1"), "--seed -1"),
         (("--budget", "1K", "--progress", "steps"), "progress='steps' is not one of fraction, trajectory"),
         (("--target-progress", "0.5", "--progress", "fraction"), "fraction has no smallest budget"),
         (("--target-progress", "-1"), "must be a progress above 0"),
         (("--budget", "1K", "--monotone", "size"), "monotone='size' is neither cost nor one of the axes patch"),
         (("--budget", "1K", "--exploration", "2"), "exploration=2.0 is not a probability"),
-        (("--budget", "1K", "--max-hours", "0"), "max_seconds=0.0 must be a positive number of seconds"),
+        (("--budget", "1K", "--max-hours", "0"), "--max-hours 0: a positive number of hours"),
     ],
 )
 def test_bad_questions_are_refused(run: Run, cube: Path, words: tuple[str, ...], message: str) -> None:

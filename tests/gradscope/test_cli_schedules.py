@@ -94,6 +94,17 @@ def test_show_tells_the_predictions_that_are_there(tmp_path: Path) -> None:
         "0.00-1.00", "4.000", "patch=16,dropout=0", "0.00-0.62", "83%", "patch=32,dropout=0", "4.1%",
     ]  # fmt: skip
     assert lines[3:] == ["predicted progress: 0.625", "predicted speed_up: [1.5, 2]"]
+    wishes = [{"checkpoint": i, "progress": i / 4, "strategy": dict(rival), "times": 2} for i in range(2)]
+    save_schedule(dataclasses.replace(known, predicted={"more_samples": wishes, "beyond_profile": False}), path)
+    assert run("show", path).stdout.splitlines()[3:] == [
+        "predicted more_samples:",
+        "  checkpoint 0, progress 0.0, strategy patch=32,dropout=0, times 2",
+        "  checkpoint 1, progress 0.25, strategy patch=32,dropout=0, times 2",
+        "predicted beyond_profile: false",
+    ]
+    odd = {"more_samples": [{"strategy": {"a": [1]}}, {"strategy": 5}, 3]}  # a file that people edit
+    save_schedule(dataclasses.replace(known, predicted=odd), path)
+    assert run("show", path).exit_code == 0
 
 
 def test_help_of_compare_is_registered() -> None:
@@ -128,6 +139,30 @@ def test_a_run_takes_the_steps_that_its_schedule_foretells(make_setting: Make, t
     result = train(setting, plan, tmp_path / "run")
     foretold = dataclasses.replace(plan, budget=setting.config.budget)
     assert (result.step, result.samples) == (foretold.steps(16), foretold.samples(16))
+
+
+def test_a_file_in_other_costs_is_trained_for_the_samples_it_plans(
+    make_setting: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting, path = make_setting(), tmp_path / "schedule.json"
+    text = make_schedule("patch=7@0.5;patch=4", setting)
+    costs = [1.0, 10.0]  # units of time, which make the short sequences cheaper than their tokens do
+    stages = tuple(dataclasses.replace(stage, cost=cost) for stage, cost in zip(text.stages, costs, strict=True))
+    timed = Schedule(stages=stages, budget=2000.0, batch_size=16, cost_model="measured")
+    save_schedule(timed, path)
+    plan = make_schedule(str(path), setting)
+    by_tokens = 1000 * text.stages[0].cost + 100 * text.stages[1].cost
+    assert plan.cost_model == "tokens" and plan.budget == pytest.approx(by_tokens)
+    assert [plan.stage_samples(stage) for stage in plan.stages] == pytest.approx([1000, 100])
+    told = capsys.readouterr().err
+    assert "counts measured costs, training counts tokens" in told and f"(--budget {by_tokens:.0f})" in told
+    assert f"was made for budget {by_tokens:.9g}, this run has {setting.config.budget:g}" in told
+    setting = make_setting(budget=round(by_tokens))
+    plan = make_schedule(str(path), setting)
+    assert "made for budget" not in capsys.readouterr().err
+    train(setting, plan, tmp_path / "run")
+    seen = Counter(row["strategy"] for row in read_log(tmp_path / "run") if "loss" in row)
+    assert seen["patch=7,dropout=0"] == pytest.approx(1000 / 16, abs=1) and seen["patch=4,dropout=0"] <= 7
 
 
 def test_a_ramp_through_a_patch_that_the_model_has_not_is_refused(make_setting: Make) -> None:

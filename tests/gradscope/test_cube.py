@@ -13,7 +13,7 @@ import xarray as xr
 
 from gradscope import Grid, ProfileOptions, Strategy, merge_cubes, open_cube, profile, profile_of, save_cube
 from gradscope.cube import grid_of, groups_of
-from gradscope.cube_costs import MEASURED, put_costs
+from gradscope.cube_costs import MEASURED, lost_costs, put_costs
 from gradscope.errors import CubeError, GradscopeError, UsageError
 from schedulers import optimize
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
@@ -187,7 +187,7 @@ def measured(cube: xr.Dataset, name: str = "seconds") -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in flat]
 
 
-def test_measured_costs_survive_the_file_and_reach_the_optimizer(cube_file: Path) -> None:
+def test_measured_costs_survive_the_file_and_reach_the_optimizer(cube_file: Path, tmp_path: Path) -> None:
     fresh = open_cube(cube_file)
     assert all(measured(fresh.dataset, name) == [None] * 6 for name in MEASURED)
     assert fresh.attrs["measured_json"] == "{}"
@@ -200,10 +200,28 @@ def test_measured_costs_survive_the_file_and_reach_the_optimizer(cube_file: Path
     assert found.reference_cost == profile_of(cube).reference_cost == 3
     np.testing.assert_array_equal(found.seconds, cube["seconds"].values.ravel())
     np.testing.assert_array_equal(found.memory, 100 * cube["seconds"].values.ravel())
-    again = with_costs(open_cube(cube_file), {"keep=all,noise=0": 0.04}, cube_file).dataset
-    assert measured(again) == [0.04] + [None] * 5  # never those of two measurements side by side
+    for name in ("device", "threads", "batch_size", "source"):
+        again = with_costs(open_cube(cube_file), {"keep=all,noise=0": 0.04}, tmp_path / "b.nc", **{name: 2}).dataset
+        assert measured(again) == [0.04] + [None] * 5  # never those of two machines or models side by side
     with pytest.raises(CubeError, match="keep=none,noise=0 has no place in the cube"):
         with_costs(fresh, {"keep=none,noise=0": 1.0}, cube_file)
+
+
+def test_costs_of_further_strategies_join_those_of_the_same_conditions(cube_file: Path) -> None:
+    first = {"keep=all,noise=0": 0.02, "keep=half,noise=0": 0.01, "keep=half,noise=2": 0.005}
+    spread, failures = {"keep=half,noise=0": 0.1, "keep=half,noise=2": 0.2}, {"keep=all,noise=0.5": "out of memory"}
+    cube = with_costs(open_cube(cube_file), first, cube_file, spread=spread, failures=failures)
+    new = {"keep=all,noise=0": 0.04, "keep=all,noise=0.5": 0.03, "keep=half,noise=2": np.nan}
+    about = {**ABOUT, "spread": {"keep=all,noise=0.5": 0.3}, "failures": {"keep=half,noise=2": "no memory"}}
+    strategies = [Strategy.parse(text) for text in new]
+    assert lost_costs(cube.dataset, strategies, about) == 0
+    assert lost_costs(cube.dataset, strategies, {**about, "source": "random numbers"}) == 1  # keep=half,noise=0
+    joined = with_costs(cube, new, cube_file, **about).dataset
+    assert measured(joined) == [0.04, 0.03, None, 0.01, None, None]
+    assert measured(joined, "cost") == pytest.approx([3, 2.25, None, 0.75, None, None], nan_ok=True)
+    told = json.loads(joined.attrs["measured_json"])
+    assert told["spread"] == {"keep=half,noise=0": 0.1, "keep=all,noise=0.5": 0.3}
+    assert told["failures"] == {"keep=half,noise=2": "no memory"}
 
 
 def test_a_resumed_profile_keeps_measured_costs_where_the_grid_grew(tmp_path: Path) -> None:
@@ -245,6 +263,8 @@ def test_merged_cubes_keep_measured_costs_the_first_counts_and_other_machines_do
     assert measured(cube) == [0.03, None, None, None, 0.01, 0.02]
     assert measured(cube, "cost") == [3, None, None, None, 1, 2]
     assert measured(merge_cubes([first, other])[0]) == [0.03, None, None, None, 0.01, None]
+    drawn = with_costs(parts[1], second, tmp_path / "d.nc", source="random numbers, model small")
+    assert measured(merge_cubes([first, drawn])[0]) == [0.03, None, None, None, 0.01, None]
     assert measured(merge_cubes([parts[0], other])[0]) == [0.06, None, None, None, None, 0.02]
     assert measured(merge_cubes(parts)[0]) == [None] * 6
 

@@ -137,6 +137,28 @@ def test_heatmap_outlines_every_part_of_an_even_mixture(cube: xr.Dataset) -> Non
     assert info_of(cube, schedule=mixed_schedule(parts, [1, 1, 1])).chosen == (((0, 0), (0, 1), (0, 2)),) * 5
 
 
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [
+        # at 0.25 two stages meet, and the one that moves farther is shown; 1 is past the end
+        ([(0.0, 0.25), (0.25, 0.3), (0.3, 0.75)], ((2, 2), (2, 2), (0, 0), (0, 0), None)),
+        ([(0.0, 0.1), (0.1, 0.5), (0.5, 1.0)], ((2, 2), (0, 1), (0, 0), (0, 0), (0, 0))),
+        # the first stage stands still, and so do stages two and three, of which the second has more budget
+        ([(0.0, 0.0), (0.0, 0.75), (0.75, 0.75)], ((0, 1), (0, 1), (0, 1), (0, 1), None)),
+        ([(0.0, 0.2), (0.2, 0.2), (0.2, 0.2)], ((2, 2), None, None, None, None)),
+        ([(0.0, 0.25), None, (0.75, 2.0)], ((2, 2), (2, 2), None, (0, 0), (0, 0))),
+    ],
+)
+def test_heatmap_marks_a_schedule_by_trajectory_where_it_is_predicted_to_be(
+    cube: xr.Dataset, schedule: Schedule, progress: list[tuple[float, float] | None], expected: tuple[object, ...]
+) -> None:
+    stages = [dataclasses.replace(s, progress=p) for s, p in zip(schedule.stages, progress, strict=True)]
+    info = info_of(cube, schedule=dataclasses.replace(schedule, stages=tuple(stages), progress_mode="trajectory"))
+    assert info.chosen == tuple(() if cell is None else (cell,) for cell in expected)
+    for notes, cell in zip(info.notes, expected, strict=True):
+        assert ("The schedule is not predicted to get here" in notes) == (cell is None)
+
+
 def test_heatmap_says_which_strategy_outside_the_grid_is_scheduled(cube: xr.Dataset) -> None:
     foreign = mixed_schedule([Strategy(patch=14, dropout=0)], [1.0])
     info = info_of(cube, schedule=foreign)

@@ -13,6 +13,7 @@ from gradscope import Grid, Strategy
 from gradscope.errors import TaskError, UsageError
 from gradscope.methods import MoCoV3
 from gradscope.models import VIT_SIZES
+from gradscope.task import task_digest
 from gradscope.timing import MeasuredCosts, StrategyCost, SyntheticTask, measure_costs
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask
 from tests.gradscope.test_untouched import changes, state_of
@@ -146,10 +147,20 @@ def test_the_median_of_interleaved_rounds_without_the_first_is_taken() -> None:
     assert len(task.sums) == 1  # the optimizer's steps move nothing
 
 
-def test_the_reference_costs_what_its_tokens_do(bundled: SyntheticTask) -> None:
+def test_units_follow_each_quantity_and_meet_tokens_at_the_reference(bundled: SyntheticTask) -> None:
     found = measure_costs(bundled, bundled.load(), GRID.strategies(), batch_size=4, repeats=1)
-    for quantity in ("seconds", "flops", "memory"):
-        assert found.units(bundled.cost(REFERENCE), quantity)[REFERENCE] == pytest.approx(4.0)
+    for quantity in ("flops", "memory"):
+        units = found.units(bundled.cost(REFERENCE), quantity)
+        assert units[REFERENCE] == bundled.cost(REFERENCE) == 4
+        for strategy in GRID.strategies()[1:]:  # attention's square and the heads' constant are small here
+            assert units[strategy] == pytest.approx(bundled.cost(strategy), rel=0.25)
+            assert units[strategy] != pytest.approx(bundled.cost(strategy), rel=1e-3)
+
+
+def test_costs_tell_of_which_model_they_are(bundled: SyntheticTask) -> None:
+    found = measure_costs(bundled, bundled.load(), [], batch_size=4, repeats=1)
+    assert found.about()["source"] == "random numbers, model demo, method mocov3, image 28"
+    assert measure_lines(LineTask()).about()["source"] == task_digest(LineTask())
 
 
 def test_the_model_and_the_random_streams_are_left_as_they_were() -> None:

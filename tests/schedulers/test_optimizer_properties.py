@@ -28,7 +28,7 @@ GRIDS = (
 )
 MODES, CRITERIA = ("fraction", "trajectory"), ("descent", "ca-mse", "descent-batch")
 seeds, modes, criteria = st.integers(0, 2**32), st.sampled_from(MODES), st.sampled_from(CRITERIA)
-checked = settings(deadline=None, derandomize=True, max_examples=60)
+checked = settings(deadline=None, derandomize=True, max_examples=40)
 
 
 def random_constraints(rng: np.random.Generator, profile: Profile) -> Constraints:
@@ -54,13 +54,13 @@ def uncertain(rng: np.random.Generator, profile: Profile) -> Profile:
 
 
 def solved(profile: Profile, budget: float, **arguments) -> Schedule | None:
-    """The schedule; None where constraints or budget leave none, or where the pilot's own gain is lost throughout."""
+    """The schedule; None where there is none, or the pilot's own gain is lost, or no strategy can be explored."""
     try:
         return optimize(profile, budget, **arguments)
     except InfeasibleError:
         return None
     except UsageError as error:
-        assert "lost in noise" in str(error)
+        assert "lost in noise" in str(error) or "nothing to explore" in str(error)
         return None
 
 

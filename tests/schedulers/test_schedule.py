@@ -23,6 +23,7 @@ from schedulers import (
     mixed_schedule,
     save_schedule,
 )
+from schedulers.schedule import in_costs
 
 LARGE, BASE = Strategy(patch=30, dropout=0.5), Strategy(patch=16, dropout=0)
 
@@ -255,7 +256,10 @@ def test_the_edited_text_is_valid_before_the_edit() -> None:
         ),
         ({"constraints": []}, r"^constraints: expected an object"),
         ({"criterion": 3}, r"^criterion: expected a text in quotes, found 3"),
-        ({"notes": "mine"}, r"^notes: unknown field; known here: schema_version"),
+        (
+            {"notes": "mine"},
+            r"^notes: unknown field; known here: schema_version, stages, budget, batch_size, cost_model, ",
+        ),
     ],
 )
 def test_an_edit_that_breaks_the_file_is_named_by_field(changes: dict, match: str) -> None:
@@ -412,6 +416,34 @@ def test_a_draw_depends_on_seed_and_step_alone() -> None:
     drawn = [schedule.draw(0.2, seed=1, step=step) for step in range(100)]
     assert drawn[::-1] == [schedule.draw(0.9, seed=1, step=step) for step in reversed(range(100))]
     assert drawn != [schedule.draw(0.2, seed=2, step=step) for step in range(100)]
+
+
+def test_a_schedule_in_other_costs_is_the_same_run() -> None:
+    costs = {LARGE: 0.5, BASE: 6.0}
+    schedule = two_stages(cost_model="measured", predicted={"progress": 0.5}, constraints={"max_switches": 1})
+    other = in_costs(schedule, costs.__getitem__, "tokens")
+    assert [stage.cost for stage in other.stages] == pytest.approx([0.5, 0.75 * 6 + 0.25 * 0.5])
+    samples = [0.4 * 1000 / 2, 0.6 * 1000 / 4]
+    assert [schedule.stage_samples(stage) for stage in schedule.stages] == pytest.approx(samples)
+    assert [other.stage_samples(stage) for stage in other.stages] == pytest.approx(samples)
+    assert other.budget == pytest.approx(200 * 0.5 + 150 * 4.625)
+    assert other.stages[0].end == other.stages[1].start == pytest.approx(200 * 0.5 / (200 * 0.5 + 150 * 4.625))
+    assert [stage.mixture for stage in other.stages] == [stage.mixture for stage in schedule.stages]
+    assert (other.cost_model, other.predicted, other.constraints) == ("tokens", {}, {"max_switches": 1})
+    assert other.stages[0].score is None  # it was per unit of the old costs
+    back = in_costs(other, {LARGE: 2.0, BASE: 14 / 3}.__getitem__, "measured")
+    assert (back.budget, back.stages[0].end) == (pytest.approx(1000), pytest.approx(0.4))
+
+
+def test_a_schedule_without_a_budget_gets_other_edges_and_no_budget() -> None:
+    other = in_costs(two_stages(budget=None), lambda s: 1.0, "tokens")
+    assert (other.budget, other.stages[0].end) == (None, pytest.approx((0.4 / 2) / (0.4 / 2 + 0.6 / 4)))
+
+
+@pytest.mark.parametrize("cost", [0.0, math.nan, math.inf])
+def test_costs_that_are_no_costs_are_refused(cost: float) -> None:
+    with pytest.raises(ScheduleError, match="under tokens; costs must be positive"):
+        in_costs(two_stages(), lambda s: cost, "tokens")
 
 
 def test_constant_and_mixed_schedules() -> None:

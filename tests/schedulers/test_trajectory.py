@@ -280,6 +280,11 @@ def test_a_profile_of_which_all_is_lost_is_refused(worth, worth_profile) -> None
         speeds(worth_profile(gain), worth)
 
 
+def test_a_profile_without_any_score_is_refused(worth, worth_profile) -> None:
+    with pytest.raises(UsageError, match=r"no worth score at any progress \(metric euclidean, costs tokens\)"):
+        speeds(worth_profile(np.full((3, 2), np.nan)), worth)
+
+
 def test_a_profile_without_the_budget_of_its_run_is_refused(worth, worth_profile) -> None:
     with pytest.raises(UsageError, match="budget of the profiled run"):
         speeds(worth_profile(random_worth(0), reference_budget=None), worth)
@@ -292,13 +297,15 @@ def test_a_pilot_gain_below_its_error_counts_as_its_error(worth, worth_profile) 
     profile = worth_profile(gain, cost=[3, 1], covariance=covariance)
     assert pilot_gain(profile, worth) == pytest.approx([1.0, 0.4, 0.4])
     assert speeds(profile, worth).speed == pytest.approx(gain / [[1.0], [0.4], [0.4]])
-    # of a mixture: errors of strategies by their shares of the budget (3/4 and 1/4), added in squares
+    # of a mixture: errors of strategies by their shares of the budget (3/4 and 1/4), which go together
+    covariance = covariance * [[[[1.0]], [[4.0]]]]
     both = dataclasses.replace(
         profile,
         moments=dataclasses.replace(profile.moments, inner=0.1 * np.ones((3, 2))),
+        covariance=covariance,
         pilot=pilot((A, 0.5), (B, 0.5)),
     )
-    assert pilot_gain(both, worth) == pytest.approx([0.4 * math.hypot(0.75, 0.25)] * 3)
+    assert pilot_gain(both, worth) == pytest.approx([0.75 * 0.4 + 0.25 * 0.8] * 3)
 
 
 def test_where_lower_is_better_a_gain_is_the_inverse(raw, worth_profile) -> None:

@@ -62,7 +62,8 @@ def test_the_probability_is_that_of_a_normal_difference(apart: float, mode: str,
     found = doubt(profile, worth, mode, 1, [0.5])
     assert found.probability == pytest.approx(norm.cdf(apart / 0.5), abs=NEAR)
     assert found.rival == 0
-    assert found.advantage_se == pytest.approx(0.5 / (2.0 if mode == "trajectory" else 1.0), rel=0.02)
+    if mode == "fraction":  # by trajectory it is that of a ratio
+        assert found.advantage_se == pytest.approx(0.5, rel=0.02)
 
 
 def test_where_lower_is_better_the_probability_is_that_of_less(raw, worth_profile) -> None:
@@ -216,11 +217,15 @@ def test_a_wish_would_make_the_difference_plain(worth, worth_profile) -> None:
 
 def test_the_regret_of_a_schedule_is_what_perfect_knowledge_would_add(worth, worth_profile) -> None:
     profile = worth_profile([[2.0, 2.2]], covariance=errors(1, [0.3, 0.4]))
-    for mode, scale in (("fraction", 1.0), ("trajectory", 2.0)):
-        problem = Problem.of(profile, worth, Constraints(), 1, 0.0, mode)
-        found = schedule_regret(problem, np.array([1]), 1000.0, draws=2000)
-        added = shortfall(0.2, 0.5) / scale
-        assert found == pytest.approx(added / (2.2 / scale + added), rel=0.1)
+    problem = Problem.of(profile, worth, Constraints(), 1, 0.0, "fraction")
+    found = schedule_regret(problem, np.array([1]), 1000.0, draws=2000)
+    assert found == pytest.approx(shortfall(0.2, 0.5) / (2.2 + shortfall(0.2, 0.5)), rel=0.1)
+    # by trajectory the pilot, here the reference, moves at 1 in every draw
+    noise = np.random.default_rng(1).normal(size=(2, 1_000_000))
+    ratio = (2.2 + 0.4 * noise[0]) / np.maximum(2 + 0.3 * noise[1], 0.2)
+    problem = Problem.of(profile, worth, Constraints(), 1, 0.0, "trajectory")
+    found = schedule_regret(problem, np.array([1]), 1000.0, draws=2000)
+    assert found == pytest.approx(np.maximum(1 - ratio, 0).mean() / np.maximum(1, ratio).mean(), rel=0.1)
 
 
 @pytest.mark.parametrize("mode", ["fraction", "trajectory"])
@@ -320,6 +325,26 @@ def test_draws_have_the_covariance_of_the_measurement(worth_profile) -> None:
             assert flat[t, c, :4, t, c, :4] == pytest.approx(covariance[t, c, :4, :4], abs=0.003)
     assert flat[0, 1, :, 1, 1] == pytest.approx(np.zeros((5, 5)), abs=0.003)
     assert np.ptp(drawn[..., 4], axis=2).max() == 0  # one ||G||^2 of all strategies
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_in_every_draw_the_pilot_moves_at_one(seed: int, worth, worth_profile) -> None:
+    mixture = ((Strategy(mode=0), 0.3), (Strategy(mode=1), 0.2), (Strategy(mode=2), 0.5))
+    values = np.random.default_rng(seed).uniform(1, 2, size=(3, 3))
+    profile = worth_profile(
+        values, [4, 2, 1], covariance=errors(3, [0.2, 0.1, 0.2]), pilot=(Stage(0, 1, mixture, 2.1),)
+    )
+    share = np.array([1.2, 0.4, 0.5]) / 2.1
+    assert worth_draws(profile, worth, "trajectory", 100, seed) @ share == pytest.approx(np.ones((100, 3)))
+
+
+def test_a_measured_cell_without_errors_is_no_certain_cell(worth, worth_profile) -> None:
+    covariance = errors(2, [0.1, 0.2])
+    covariance[1, 1] = np.nan
+    with pytest.raises(UsageError, match="no standard errors of some measured cells"):
+        optimize(worth_profile(np.ones((2, 2)), covariance=covariance), 1000, criterion=worth, draws=50)
+    holed = worth_profile([[1.0, 1.5], [1.0, np.nan]], covariance=covariance)  # what was not measured needs none
+    assert optimize(holed, 1000, criterion=worth, draws=50, slices=10).predicted["regret"] >= 0
 
 
 def test_a_variance_is_never_drawn_negative(worth_profile) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from schedulers.constraints import UNCONSTRAINED, Constraints, allowed_strategies
-from schedulers.counts import format_count
 from schedulers.criteria import Criterion
 from schedulers.errors import Change, InfeasibleError, UsageError
 from schedulers.mixing import mixed
@@ -78,14 +77,6 @@ def optimize(
     """
     _check_budget(budget)
     problem = Problem.of(profile, criterion, constraints, slices, exploration, _mode(profile, progress))
-    smallest = _one_step(problem)
-    if budget < smallest[0]:
-        raise InfeasibleError(
-            f"budget {format_count(budget)} ({budget:,.6g} units) does not pay for one step of {smallest[1]}: "
-            f"the smallest feasible budget is {smallest[0]:,.6g} units "
-            f"(batch size {profile.batch_size} x {smallest[0] / profile.batch_size:.4g} units per sample)",
-            smallest=smallest[0],
-        )
     return _schedule(problem, budget, draws, seed)
 
 
@@ -115,7 +106,7 @@ def smallest_budget(
     problem = Problem.of(profile, criterion, constraints, slices, exploration, "trajectory")
     free = replace(problem, constraints=constraints.without(("max_seconds",)))
     pilot_budget = float(profile.reference_budget or math.nan)
-    low = _one_step(problem)[0]
+    low = _one_step(problem)
     while _reached(free, low) == -math.inf:
         error = infeasible(free, low)
         if error.smallest is None:
@@ -183,21 +174,10 @@ def _mode(profile: Profile, progress: str | None) -> str:
     return progress
 
 
-def _one_step(problem: Problem) -> tuple[float, str]:
-    """The smallest budget: one step of the dearest strategy of the cheapest mixture that a schedule can begin with.
-
-    A schedule that must end on the reference pays for one of its steps.
-    """
-    profile, names = problem.profile, problem.profile.grid.strategies()
-    if problem.constraints.final_reference:
-        index = profile.reference_index
-        return profile.batch_size * float(profile.cost[index]), str(names[index])
-    usable = np.flatnonzero(problem.rules.usable.any(axis=0))
-    if not usable.size:
-        return 0.0, ""  # infeasible for another reason, which is told then
-    cheapest = int(usable[problem.step_cost[usable].argmin()])
-    drawn = np.where(problem.weights[cheapest] > 0, np.nan_to_num(profile.cost), 0.0)
-    return float(problem.step_cost[cheapest]), str(names[int(drawn.argmax())])
+def _one_step(problem: Problem) -> float:
+    """A budget below which there is no schedule: one step of the cheapest candidate that may run anywhere."""
+    usable = problem.rules.usable.any(axis=0)
+    return float(problem.step_cost[usable].min()) if usable.any() else 1.0
 
 
 def _reached(problem: Problem, budget: float) -> float:

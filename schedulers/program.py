@@ -214,12 +214,13 @@ class Predecessors:
         """Here a strategy counts among its own predecessors: switching to itself gains nothing over staying."""
         reach_CX = values_CX.copy()
         origin_CX = np.broadcast_to(np.arange(self._strategies)[:, None], values_CX.shape).copy()
+        columns = np.arange(values_CX.shape[1])
         for members, covers in self._walk:
             rows = np.array([*members, *covers])
-            top = reach_CX[rows].argmax(axis=0)
-            value_X = np.take_along_axis(reach_CX[rows], top[None], axis=0)[0]
-            origin_X = np.take_along_axis(origin_CX[rows], top[None], axis=0)[0]
-            reach_CX[members], origin_CX[members] = value_X, origin_X
+            if rows.size == 1:
+                continue
+            top_X = rows[reach_CX[rows].argmax(axis=0)]
+            reach_CX[members], origin_CX[members] = reach_CX[top_X, columns], origin_CX[top_X, columns]
         return reach_CX, origin_CX
 
 

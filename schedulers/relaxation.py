@@ -27,13 +27,20 @@ def infeasible(problem: Problem, budget: float) -> InfeasibleError:
     larger budget is, that.
     """
     active = problem.constraints.active()
-    for enough in np.unique(problem.step_cost[problem.rules.usable.any(axis=0)]):
-        if enough > budget and _feasible(problem, float(enough), problem.constraints.without(("max_seconds",))):
+    profile, steps = problem.profile, np.unique(problem.step_cost[problem.rules.usable.any(axis=0)])
+    for enough in steps[steps > budget]:
+        if _feasible(problem, float(enough), problem.constraints.without(("max_seconds",))):
+            names = profile.grid.strategies()
+            dearest = names[int(np.flatnonzero(problem.rules.usable.any(axis=0) & (problem.step_cost == enough))[0])]
             return InfeasibleError(
-                f"budget {format_count(budget)} ({budget:,.6g} units) does not pay for one step of every strategy that a "
-                f"schedule needs: the smallest feasible budget is {enough:,.6g} units",
+                f"budget {format_count(budget)} ({budget:,.6g} units) does not pay for one step of {dearest}, which a "
+                f"schedule needs: the smallest feasible budget is {enough:,.6g} units (batch size "
+                f"{profile.batch_size} x {enough / profile.batch_size:.4g} units per sample)",
                 smallest=float(enough),
             )
+    budget = max(
+        budget, float(problem.step_cost.max())
+    )  # what cannot be kept with any budget is not the budget's fault
     changes = [change for name in active if (change := _smallest_change(problem, budget, name))]
     relax = " or ".join(map(str, changes)) or " and ".join(active)  # without any constraint there is a schedule
     for size in range(2, len(active)) if not changes else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -143,7 +144,7 @@ def test_heatmap_outlines_every_part_of_an_even_mixture(cube: xr.Dataset) -> Non
         # at 0.25 two stages meet, and the one that moves farther is shown; 1 is past the end
         ([(0.0, 0.25), (0.25, 0.3), (0.3, 0.75)], ((2, 2), (2, 2), (0, 0), (0, 0), None)),
         ([(0.0, 0.1), (0.1, 0.5), (0.5, 1.0)], ((2, 2), (0, 1), (0, 0), (0, 0), (0, 0))),
-        # the first stage stands still, and so do stages two and three, of which the second has more budget
+        # stages that stand still yield to the one that moves through their point
         ([(0.0, 0.0), (0.0, 0.75), (0.75, 0.75)], ((0, 1), (0, 1), (0, 1), (0, 1), None)),
         ([(0.0, 0.2), (0.2, 0.2), (0.2, 0.2)], ((2, 2), None, None, None, None)),
         ([(0.0, 0.25), None, (0.75, 2.0)], ((2, 2), (2, 2), None, (0, 0), (0, 0))),

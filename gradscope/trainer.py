@@ -77,6 +77,11 @@ class _Run:
         self.setting, self.config, self.schedule = setting, setting.config, schedule
         self.out, self.device, self.report = out, device, report
         self.model: MoCoV3 = setting.new_model().to(device).train()
+        if schedule.cost_model != "tokens":
+            raise UsageError(
+                f"the schedule is counted in units of the cost model {schedule.cost_model!r}, the trainer tokens; "
+                "convert it with schedulers.in_costs(schedule, cost, 'tokens')"
+            )
         self.costs = {strategy: self.model.cost(strategy) for strategy in schedule.strategies}
         self._check_budget()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]

@@ -68,7 +68,7 @@ def optimize(
         typer.Option(
             parser=parse_units,
             metavar=_BUDGET_FORM,
-            help="Units of the profiled run, where the cube does not know them (own tasks without `training`).",
+            help="Units (of the chosen cost model) of the profiled run, where the cube does not know them.",
         ),
     ] = None,
     criterion: Annotated[
@@ -245,6 +245,7 @@ def _option(change: Change) -> str:
 
 
 def _lines(profile: Profile, plan: Schedule, out: Path, wishes: Sequence[Wish], *, chosen: str | None) -> list[str]:
+    from gradscope.pilot import pilot_note
     from schedulers import format_count
 
     budget, predicted = plan.budget or 0.0, plan.predicted
@@ -256,6 +257,7 @@ def _lines(profile: Profile, plan: Schedule, out: Path, wishes: Sequence[Wish], 
         f"budget {format_count(budget)} = {budget:,.0f} units; criterion {plan.criterion} in the {plan.metric} "
         f"metric; costs {plan.cost_model}",
         f"progress by {'trajectory' if trajectory else 'fraction of the budget'}{why}",
+        *([said] if (said := pilot_note(profile)) else []),
         *_stage_table(plan),
         f"{plan.total_samples:,.0f} samples, {plan.total_samples * profile.reference_cost / budget:.1f} x as many as "
         f"without acceleration -> {out}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, InfeasibleError, Interrupted, UsageError
 from gradscope.evaluation import extract_features, finetune_accuracy, knn_accuracy, linear_accuracy
 from gradscope.trainer import load_run, read_log, train
-from schedulers import Strategy
+from schedulers import Strategy, in_costs
 
 Make = Callable[..., Setting]
 
@@ -38,6 +39,14 @@ def test_the_budget_is_spent_to_within_one_step(make_setting: Make, tmp_path: Pa
     assert units == pytest.approx(result.units) and result.samples == 16 * result.step == 16 * len(log)
     switch = next(i for i, row in enumerate(log) if row["strategy"] == "patch=4,dropout=0")
     assert log[switch - 1]["units"] >= 200 > log[switch - 2]["units"]
+
+
+def test_a_schedule_of_another_cost_model_is_not_run_by_its_fractions(make_setting: Make, tmp_path: Path) -> None:
+    setting = make_setting()
+    plan = dataclasses.replace(make_schedule("patch=7@0.5;patch=4", setting), cost_model="measured")
+    with pytest.raises(UsageError, match=r"counted in units of the cost model 'measured'.*in_costs"):
+        train(setting, plan, tmp_path / "run")
+    train(setting, in_costs(plan, setting.new_model().cost, "tokens"), tmp_path / "run")
 
 
 def test_checkpoints_lie_at_the_asked_progress(small_run: Path) -> None:

@@ -232,7 +232,7 @@ def with_seconds(rng: np.random.Generator, oracle: Oracle, budget: float) -> Con
 def test_the_schedule_is_the_best_of_all_paths(mode: str, criterion: str, exploration: float, random_profile) -> None:
     rng = np.random.default_rng([mode == "fraction", criterion == "descent", exploration > 0])
     solved, limited, refused = 0, 0, 0
-    for trial in range(60):
+    for trial in range(48):
         grid = GRIDS[trial % 3]
         slices = int(rng.integers(4, 8 if len(grid) < 4 else 6))
         profile, budget = random_profile(rng, grid, holes=0.15 * (trial % 2)), float(rng.uniform(0.1, 2) * PILOT_BUDGET)
@@ -266,8 +266,8 @@ def test_the_schedule_is_the_best_of_all_paths(mode: str, criterion: str, explor
         assert schedule.predicted.get("seconds", math.nan) == pytest.approx(seconds, nan_ok=True)
         if oracle.constraints.max_seconds is not None:
             assert seconds <= oracle.constraints.max_seconds * (1 + 1e-8)
-    assert solved > 15
-    assert limited > 3
+    assert solved > 12
+    assert limited > 2
     assert refused > 3
 
 
@@ -430,7 +430,7 @@ def test_the_smallest_budget_keeps_the_limit_of_seconds(criterion: str, random_p
         assert found.budget >= needed[spent <= limit * (1 + 1e-9)].min() * (1 - 1e-9)
         assert found.budget <= needed[spent * 1.0101 <= limit].min() * 1.0101
         limited += 1
-    assert limited > 3
+    assert limited > 2
 
 
 def test_no_schedule_reaches_the_target_within_too_few_seconds(worth, worth_profile) -> None:

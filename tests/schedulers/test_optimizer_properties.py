@@ -28,7 +28,7 @@ GRIDS = (
 )
 MODES, CRITERIA = ("fraction", "trajectory"), ("descent", "ca-mse", "descent-batch")
 seeds, modes, criteria = st.integers(0, 2**32), st.sampled_from(MODES), st.sampled_from(CRITERIA)
-checked = settings(deadline=None, derandomize=True, max_examples=40)
+checked = settings(deadline=None, derandomize=True, max_examples=30)
 
 
 def random_constraints(rng: np.random.Generator, profile: Profile) -> Constraints:

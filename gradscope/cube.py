@@ -308,7 +308,8 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         raise UsageError(f"the cube has no metric {metric!r}; it has {', '.join(metrics)}")
     if cost_model not in COST_MODELS or bool(cube["cost"].sel(cost_model=cost_model).isnull().all()):
         known = [model for model in COST_MODELS if not bool(cube["cost"].sel(cost_model=model).isnull().all())]
-        raise UsageError(f"the cube holds no costs of the model {cost_model!r}; it has {', '.join(known)}")
+        cure = "; `gradscope cost CKPT_DIR --cube FILE` measures them" if cost_model == "measured" else ""
+        raise UsageError(f"the cube holds no costs of the model {cost_model!r}; it has {', '.join(known)}{cure}")
     grid = grid_of(cube)
     done = cube["status"].values.reshape(cube.sizes["progress"], -1) == DONE
     here = cube.sel(metric=metric).transpose("progress", *grid.axes, ...)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from schedulers.constraints import UNCONSTRAINED, Constraints, allowed_strategies
-from schedulers.criteria import Criterion
+from schedulers.criteria import Criterion, get_criterion
 from schedulers.errors import Change, InfeasibleError, UsageError
 from schedulers.mixing import mixed
 from schedulers.problem import Problem
@@ -20,18 +20,28 @@ from schedulers.program_within import least_seconds_path, path_seconds
 from schedulers.relaxation import infeasible
 from schedulers.schedule import PROGRESS_MODES, Schedule
 from schedulers.stage import Stage
-from schedulers.trajectory import speeds
-from schedulers.uncertainty import StageDoubt, cells_worth_samples, schedule_regret, stage_doubts, with_doubts
+from schedulers.trajectory import pilot_gain, speeds
+from schedulers.uncertainty import (
+    StageDoubt,
+    cells_worth_samples,
+    redrawn,
+    relative_shortfall,
+    stage_doubts,
+    with_doubts,
+)
 
 SLICES = 100
 TARGET_PRECISION = 1e-4  # relative, of the smallest budget that reaches a target
-REGRET_DRAWS = 40  # of the bootstrap, each of which is optimized anew
+REGRET_DRAWS = 100  # of the bootstrap, each of which is optimized anew
 FARTHEST = 1e6  # times the profiled run's budget: a target that is not reached by then is not reached
 
 
-def default_mode(profile: Profile) -> str:
-    """`trajectory` where the profile knows the budget of the profiled run, else `fraction`."""
-    return "fraction" if profile.reference_budget is None else "trajectory"
+def default_mode(profile: Profile, criterion: str | Criterion = "descent") -> str:
+    """`trajectory` where the profile knows the budget of the profiled run and tells relative speeds, else `fraction`."""
+    chosen = get_criterion(criterion)
+    if profile.reference_budget is None:
+        return "fraction"
+    return "trajectory" if np.isfinite(pilot_gain(profile, chosen)).any() else "fraction"
 
 
 def optimize(
@@ -68,15 +78,16 @@ def optimize(
 
     With `draws` > 0 (`uncertainty.DRAWS` are plenty) a parametric bootstrap over the profile tells of every stage how
     probable it is that its strategy is the best of the allowed ones there, how much is lost where it is not and to
-    which rival; `predicted["regret"]`, what of the objective is lost on average to the schedule that perfect
-    measurements would give; and `predicted["more_samples"]`, the cells worth more samples and how many times more.
+    which rival; and in `predicted`: `progress_se`, one standard error of the progress; `regret`, what of the objective
+    is lost on average to the schedule that perfect measurements would give; `more_samples`, the cells worth more
+    samples and how many times more.
 
     Raises InfeasibleError when the budget does not pay for one step (with the smallest budget that does) or
     when no schedule keeps the constraints (with the smallest changes that help), UsageError for arguments out of range
     and for a profile that says nothing at some progress.
     """
     _check_budget(budget)
-    problem = Problem.of(profile, criterion, constraints, slices, exploration, _mode(profile, progress))
+    problem = Problem.of(profile, criterion, constraints, slices, exploration, _mode(profile, criterion, progress))
     return _schedule(problem, budget, draws, seed)
 
 
@@ -166,9 +177,9 @@ def _check_budget(budget: float) -> None:
         raise UsageError(f"budget={budget} must be a positive number of units")
 
 
-def _mode(profile: Profile, progress: str | None) -> str:
+def _mode(profile: Profile, criterion: str | Criterion, progress: str | None) -> str:
     if progress is None:
-        return default_mode(profile)
+        return default_mode(profile, criterion)
     if progress not in PROGRESS_MODES:
         raise UsageError(f"progress={progress!r} is not one of {', '.join(PROGRESS_MODES)}")
     return progress
@@ -247,7 +258,10 @@ def _schedule(problem: Problem, budget: float, draws: int, seed: int) -> Schedul
             for w in wishes
         ]
         stages = with_doubts(profile, stages, doubts)
-        predicted["regret"] = schedule_regret(problem, path, budget, draws=min(draws, REGRET_DRAWS), seed=seed)
+        own, best = redrawn(problem, path, budget, draws=min(draws, REGRET_DRAWS), seed=seed)
+        predicted["regret"] = relative_shortfall(own, best)
+        if problem.mode == "trajectory":
+            predicted["progress_se"] = float(own.std())
     return Schedule(
         stages=stages,
         budget=float(budget),

@@ -30,7 +30,7 @@ from schedulers.trajectory import gains_of, pilot_gain, pilot_shares
 DRAWS = 400
 SURE = 0.9  # probability from which on a stage counts as decided
 WORTH = 0.01  # expected relative shortfall below which more samples are not worth their cost
-LIMITED_DRAWS = 8
+LIMITED_DRAWS = 10
 MOST_TIMES = 8  # as many samples more are asked for at most
 _NUMBERS = 8_000_000  # draws are fewer when strategies are many, to hold no more than this many scores
 
@@ -245,18 +245,31 @@ def with_doubts(profile: Profile, stages: Sequence[Stage], doubts: Sequence[Stag
 
 
 def schedule_regret(problem: Problem, path: IntArray, budget: float, *, draws: int, seed: int = 0) -> float:
-    """Expected relative shortfall of a path to the path that is best in each draw, of what the mode maximizes.
+    """Expected relative shortfall of a path to the path that is best in each draw, of what the mode maximizes."""
+    own, best = redrawn(problem, path, budget, draws=draws, seed=seed)
+    return relative_shortfall(own, best)
 
-    By solving the problem anew in every draw, under the same constraints; with a limit of seconds, which takes longer,
-    in at most LIMITED_DRAWS draws.
+
+def redrawn(
+    problem: Problem, path: IntArray, budget: float, *, draws: int, seed: int = 0
+) -> tuple[FloatArray, FloatArray]:
+    """What a path is worth in each draw, (B,), and what the best path of that draw is, under the same constraints.
+
+    Every draw is solved anew; where a limit of seconds binds, which takes longer, at most LIMITED_DRAWS are made.
     """
-    limited = problem.constraints.max_seconds is not None
-    draws = min(draws, LIMITED_DRAWS) if limited else draws
+    limit, seconds = problem.constraints.max_seconds, problem.path_seconds(path, budget)
+    if limit is not None and seconds is not None and seconds > 0.9 * limit:
+        draws = min(draws, LIMITED_DRAWS)
     worth = worth_draws(problem.profile, problem.criterion, problem.mode, draws, seed)
     own, best = np.empty(draws), np.empty(draws)
     for b in range(draws):
         drawn = problem.with_worth(worth[b])
         own[b] = drawn.value(path, budget)
         best[b] = max(own[b], drawn.value(drawn.solve(budget, intervals=50)[0], budget))
+    return own, best
+
+
+def relative_shortfall(own: FloatArray, best: FloatArray) -> float:
+    """Mean shortfall of `own` to `best` (B,) over the mean of the best; 0 where that is 0."""
     scale = abs(float(best.mean()))
     return float((best - own).mean()) / scale if scale > 0 else 0.0

@@ -80,7 +80,8 @@ def optimize(
     ] = "optimizer",
     cost_model: Annotated[str, typer.Option(help="tokens, paper or measured.")] = "tokens",
     allow: Annotated[
-        list[str] | None, typer.Option(help="Only these strategies (patch=4,dropout=0.5); repeatable.")
+        list[str] | None,
+        typer.Option(help="Only these strategies (patch=4,dropout=0.5; left-out axes as the reference); repeatable."),
     ] = None,
     monotone: Annotated[
         list[str] | None,
@@ -95,7 +96,10 @@ def optimize(
         float | None, typer.Option(help="Longest training time, by seconds that `gradscope cost` measured.")
     ] = None,
     max_memory: Annotated[
-        float | None, typer.Option(help="Largest activation memory in MB per sample, as `gradscope cost` measured it.")
+        float | None,
+        typer.Option(
+            help="Most MB of activations that a sample keeps for its backward pass, as `gradscope cost` measured."
+        ),
     ] = None,
     exploration: Annotated[float, typer.Option(help="Share of steps spread evenly over all allowed strategies.")] = 0.0,
     slices: Annotated[int, typer.Option(help="Parts of the budget.")] = 100,
@@ -250,14 +254,17 @@ def _lines(profile: Profile, plan: Schedule, out: Path, wishes: Sequence[Wish], 
 
     budget, predicted = plan.budget or 0.0, plan.predicted
     trajectory = plan.progress_mode == "trajectory"
-    why = "" if chosen else " (the profiled run's budget is known)" if trajectory else (
-        " (the cube does not know the profiled run's budget: give it with --profiled-budget)"
-    )  # fmt: skip
+    why = "" if chosen else " (the profiled run's budget is known)"
+    if not chosen and not trajectory:
+        why = " (the cube does not know the profiled run's budget: give it with --profiled-budget)"
+        if profile.reference_budget is not None:
+            why = " (the profiled run's own score is nowhere above 0, so relative speeds are lost in noise)"
     lines = [
         f"budget {format_count(budget)} = {budget:,.0f} units; criterion {plan.criterion} in the {plan.metric} "
         f"metric; costs {plan.cost_model}",
         f"progress by {'trajectory' if trajectory else 'fraction of the budget'}{why}",
         *([said] if (said := pilot_note(profile)) else []),
+        *([f"allowed: {'; '.join(allowed)}"] if (allowed := plan.constraints.get("allowed")) else []),
         *_stage_table(plan),
         f"{plan.total_samples:,.0f} samples, {plan.total_samples * profile.reference_cost / budget:.1f} x as many as "
         f"without acceleration -> {out}",
@@ -315,9 +322,9 @@ def _trajectory_lines(plan: Schedule) -> list[str]:
 
     predicted = plan.predicted
     if predicted["progress_reference"] is None:
-        line = f"predicted progress {predicted['progress']:.3f}; without acceleration: not known, it was not measured"
+        line = f"predicted progress {_progress(predicted)}; without acceleration: not known, it was not measured"
     else:
-        line = f"predicted progress {predicted['progress']:.3f}; without acceleration "
+        line = f"predicted progress {_progress(predicted)}; without acceleration "
         line += f"{predicted['progress_reference']:.3f}"
     if predicted["speed_up"] is not None:
         line += (
@@ -341,6 +348,11 @@ def _trajectory_lines(plan: Schedule) -> list[str]:
     return lines
 
 
+def _progress(predicted: dict[str, Any]) -> str:
+    se = f" +- {predicted['progress_se']:.1g}" if "progress_se" in predicted else ""
+    return f"{predicted['progress']:.3f}{se}"
+
+
 def _doubt_lines(plan: Schedule, profile: Profile, wishes: Sequence[Wish]) -> list[str]:
     from schedulers import format_count
 
@@ -359,12 +371,18 @@ def _doubt_lines(plan: Schedule, profile: Profile, wishes: Sequence[Wish]) -> li
     lines.append(
         f"a schedule from perfect measurements is expected to be {regret:.1%} better ({what}, same constraints)"
     )
-    if wishes:
-        worth = regret * (plan.budget or 0.0)
+    worth = regret * (plan.budget or 0.0)
+    paying = [wish for wish in wishes if wish.units <= worth]
+    if paying:
         lines.append(f"cells worth more samples (the doubt is worth about {format_count(worth)} units of this budget):")
-    for wish in wishes:
+    elif wishes:
+        lines.append(
+            f"more samples would cost more (from {format_count(min(w.units for w in wishes))} units) than the doubt is "
+            f"worth at this budget (about {format_count(worth)}); --json has the commands"
+        )
+    for wish in paying:
         lines += [f"  {wish.command}", f"    about {format_count(wish.units)} units"]
-    if any("CKPT_DIR" in wish.command for wish in wishes):
+    if any("CKPT_DIR" in wish.command for wish in paying):
         lines.append("  (CKPT_DIR: the folder of the checkpoints)")
     return lines
 

@@ -811,3 +811,11 @@ def best_of_one_switch(profile: Profile, values: np.ndarray, limit: float) -> fl
         end = motion.advance(middle.repeat(strategies.size), (60 - k) * 1000 / 60, strategies)
         best = max(best, float(end[seconds <= limit].max(initial=0.0)))
     return best
+
+
+def test_the_default_is_by_fraction_where_speeds_are_lost_in_noise(worth, worth_profile) -> None:
+    lost = worth_profile([[-1.0, 2.0], [-2.0, 1.0]])
+    assert optimize(lost, 1e3, criterion=worth).progress_mode == "fraction"
+    assert optimize(worth_profile([[1.0, 2.0], [2.0, 1.0]]), 1e3, criterion=worth).progress_mode == "trajectory"
+    with pytest.raises(UsageError, match="not above 0 at any progress"):
+        optimize(lost, 1e3, criterion=worth, progress="trajectory")

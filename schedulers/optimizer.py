@@ -37,7 +37,7 @@ FARTHEST = 1e6  # times the profiled run's budget: a target that is not reached 
 
 
 def default_mode(profile: Profile, criterion: str | Criterion = "descent") -> str:
-    """`trajectory` where the profile knows the budget of the profiled run and tells relative speeds, else `fraction`."""
+    """`trajectory` where the profile knows the profiled run's budget and tells relative speeds, else `fraction`."""
     chosen = get_criterion(criterion)
     if profile.reference_budget is None:
         return "fraction"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -227,8 +228,19 @@ def _in_options(error: InfeasibleError) -> InfeasibleError:
     if not error.changes:
         return error
     changes = " or ".join(map(_option, error.changes))
-    head = str(error).partition("; ")[0]
+    head = re.sub(r"max_seconds=([0-9.,e+-]+)", _hours, str(error).partition("; ")[0])
+    for name, option in (("allowed", "--allow"), ("max_seconds", "--max-hours"), ("monotone=", "--monotone ")):
+        head = head.replace(name, option)
+    head = re.sub(r"\b(max_switches|min_dwell|final_reference|max_memory)\b", lambda m: _flag(m[1]), head)
     return InfeasibleError(f"{head}; what is enough: {changes}", error.smallest, error.changes)
+
+
+def _hours(found: re.Match[str]) -> str:
+    return f"{float(found[1].replace(',', '')) / 3600:.4g} hours"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _option(change: Change) -> str:
@@ -236,7 +248,7 @@ def _option(change: Change) -> str:
     if name.startswith("monotone="):
         return f"no --monotone {name.removeprefix('monotone=')}"
     scale = {"max_seconds": 3600.0, "max_memory": 1e6}.get(name)
-    option = {"allowed": "--allow", "max_seconds": "--max-hours"}.get(name, f"--{name.replace('_', '-')}")
+    option = {"allowed": "--allow", "max_seconds": "--max-hours"}.get(name, _flag(name))
     if value is None:
         return f"no {option}"
     if isinstance(value, str):
@@ -245,7 +257,8 @@ def _option(change: Change) -> str:
         digits = 10.0 ** (math.floor(math.log10(value / scale)) - 3)
         value = math.ceil(value / scale / digits - 1e-9) * digits
     lower = "" if change.budget is None else f" (or --budget {change.budget:.15g})"
-    return f"{option} {value:.10g}{lower}"
+    unit = " (MB per sample)" if name == "max_memory" else ""
+    return f"{option} {value:.10g}{unit}{lower}"
 
 
 def _lines(profile: Profile, plan: Schedule, out: Path, wishes: Sequence[Wish], *, chosen: str | None) -> list[str]:

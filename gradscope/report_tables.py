@@ -84,10 +84,10 @@ def schedule_table(schedule: Schedule, view: CubeView | None) -> str:
     """The stages with what is predicted of them, and what the budget pays for compared with the reference."""
     budget, stages = schedule.budget, schedule.stages
     moves, sure = (any(getattr(s, name) is not None for s in stages) for name in ("progress", "probability"))
-    header = ["budget", "strategy", "units per sample", *(["samples"] if budget else [])]
-    header += ["predicted progress"] if moves else []
-    header += [f"predicted {escaped(schedule.criterion or 'score')}"]
-    header += ["the best strategy there<br><small>with probability</small>"] if sure else []
+    header = ["budget", "strategy", "units per<br>sample", *(["samples"] if budget else [])]
+    header += ["predicted<br>progress"] if moves else []
+    header += [f"predicted<br>{escaped(schedule.criterion or 'score')}"]
+    header += ["best with<br>probability"] if sure else []
     rows = [
         [
             _span(stage, budget),
@@ -113,7 +113,7 @@ def _probability(stage: Stage) -> str:
         return ""
     if stage.rival is None:
         return f"{stage.probability:.0%}"
-    short = "" if stage.regret is None else f", {stage.regret:.1%} better then"
+    short = "" if stage.regret is None else f"<br>then {stage.regret:.1%} better"
     return f"{stage.probability:.0%}<br><small>else {escaped(strategy_text(stage.rival))}{short}</small>"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import numpy as np
@@ -135,6 +135,18 @@ class Profile:
     def reference_cost(self) -> float:
         """Units per sample of the reference; NaN when its cost is not known."""
         return float(self.cost[self.reference_index])
+
+    def for_batch(self, batch_size: int) -> Profile:
+        """The same measurements for training with another batch than the K of the sub-batches they were made with.
+
+        Per-sample variances weigh K / `batch_size` as much then, and bias the more: beta grows with the batch. What
+        races had ruled out was ruled out at K, so all strategies compete. A loss whose terms depend on the batch (the
+        negatives of InfoNCE) is taken as it was at K. Raises UsageError for a batch below 1.
+        """
+        if batch_size == self.batch_size:
+            return self
+        beta = self.beta * batch_size / self.batch_size
+        return replace(self, batch_size=batch_size, beta=beta, contenders={})
 
     def scores(self, criterion: str | Criterion, progress_points: ArrayLike) -> tuple[FloatArray, FloatArray]:
         """Score and its standard error, both (N, C), at `progress_points` (N,).

@@ -6,7 +6,7 @@ Two runs of the bundled trainer (MoCo-v3, the demo's ViT, Fashion-MNIST, base pa
 one of 2M units and one without acceleration of 500K. Nine checkpoints of each are profiled, and schedules found by
 trajectory for a 64th, an 8th and all of the run's budget, with the mean cost per sample and the share of the budget
 that goes to base patches. Runs and cubes lie in `build/optimizer` and are continued there; `results/shift.json` keeps
-the schedules and the scores they rest on, `results/<run>-<budget>.json` the schedules by `descent` as files.
+the schedules and the scores they rest on, `results/<run>-<budget>-batch-<batch>.json` those by `descent` as files.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ COMMAND = "python -m benchmarks.optimizer.shift"
 GRID = "patch=2,4,7,14;dropout=0,0.25,0.5,0.75"
 CHECKPOINTS = (0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)
 PARTS = (64, 8, 1)
+BATCHES = (64, 4096)  # the runs' own, and the paper's scale
 RUNS = {"mixed": "2M", "none": "500K"}
 CRITERIA = (("descent", "optimizer"), ("ca-mse", "euclidean"))
 
@@ -80,42 +81,45 @@ def facts(plan: Schedule, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_cube(path: Path) -> tuple[dict[str, Any], list[Schedule]]:
-    """What is kept of a cube, and the schedules of the first criterion."""
+    """What is kept of a cube, and the schedules by `descent` of all batches."""
     from gradscope.cube import open_cube, profile_of
 
     cube = open_cube(path).dataset
     found: dict[str, Any] = {"units": float(cube.attrs["units"]), "schedules": {}, "scores": {}}
     first: list[Schedule] = []
-    for criterion, metric in CRITERIA:
-        profile: Profile = profile_of(cube, metric=metric)
+    large: list[Schedule] = []
+    for (criterion, metric), batch in itertools.product(CRITERIA, BATCHES):
+        profile: Profile = profile_of(cube, metric=metric).for_batch(batch)
         assert profile.reference_budget is not None
         budgets = [profile.reference_budget / part for part in PARTS]
         plans = [optimize(profile, b, criterion=criterion, progress="trajectory", draws=200) for b in budgets]
         first = first or plans
+        if criterion == "descent" and batch != BATCHES[0]:
+            large = plans
         base = dict(profile.grid.reference)
-        found["schedules"][f"{criterion}, {metric}"] = [facts(plan, base) for plan in plans]
+        found["schedules"][f"{criterion}, batch {batch}"] = [facts(plan, base) for plan in plans]
         score, se = profile.scores(criterion, profile.progress)
-        found["scores"][f"{criterion}, {metric}"] = {
+        found["scores"][f"{criterion}, batch {batch}"] = {
             "progress": profile.progress.tolist(),
             "strategies": [str(s) for s in profile.grid.strategies()],
             "score": np.round(score, 5).tolist(),
             "se": np.round(se, 5).tolist(),
         }
-    return found, first
+    return found, [*first, *large]
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
     """Rows for `summary.json`: mean cost per sample at the three budgets, and what they spend on base patches."""
     made = []
-    for (criterion, metric), (run, cube) in itertools.product(CRITERIA, results["runs"].items()):
-        found = cube["schedules"][f"{criterion}, {metric}"]
+    for (criterion, _), batch, (run, cube) in itertools.product(CRITERIA, BATCHES, results["runs"].items()):
+        found = cube["schedules"][f"{criterion}, batch {batch}"]
         costs = [plan["mean_cost"] for plan in found]
         grows = costs == sorted(costs) and costs[-1] > costs[0]
         for part, plan in zip(PARTS, found, strict=True):
             what = "all" if part == 1 else f"1/{part}"
             made.append(
                 Row(
-                    claim=f"{run} run: units per sample of the schedule for {what} of its budget ({criterion})",
+                    claim=f"{run} run: units per sample of the schedule for {what} of it ({criterion}, batch {batch})",
                     value=plan["mean_cost"],
                     unit="units",
                     low=None,
@@ -147,7 +151,7 @@ def main() -> None:
         results["runs"][f"{run}, {RUNS[run]}"] = found
         for plan in plans:
             if not options.quick:
-                save_schedule(plan, FILE.with_name(f"{run}-{plan.budget:.0f}.json"))
+                save_schedule(plan, FILE.with_name(f"{run}-{plan.budget:.0f}-batch-{plan.batch_size}.json"))
     if not options.quick:
         FILE.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table([("optimizer", row) for row in rows(results)]))

@@ -72,6 +72,10 @@ def optimize(
             help="Units (of the chosen cost model) of the profiled run, where the cube does not know them.",
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Batch of the training that the schedule is for; default: that of the profile (K)."),
+    ] = None,
     criterion: Annotated[
         str, typer.Option(help="descent, descent-batch or ca-mse (the paper's).", envvar="GRADSCOPE_CRITERION")
     ] = "descent",
@@ -145,6 +149,8 @@ def optimize(
         max_memory=None if max_memory is None else max_memory * 1e6,
     )
     profile = profile_of(dataset, metric=metric, cost_model=cost_model)
+    if batch_size is not None:
+        profile = profile.for_batch(batch_size)
     if profiled_budget is not None:
         profile = replace(profile, reference_budget=profiled_budget)
     if profile.influence is None and not np.isfinite(np.asarray(profile.covariance, float)).any():
@@ -274,7 +280,7 @@ def _lines(profile: Profile, plan: Schedule, out: Path, wishes: Sequence[Wish], 
             why = " (the profiled run's own score is nowhere above 0, so relative speeds are lost in noise)"
     lines = [
         f"budget {format_count(budget)} = {budget:,.0f} units; criterion {plan.criterion} in the {plan.metric} "
-        f"metric; costs {plan.cost_model}",
+        f"metric; costs {plan.cost_model}; batch {plan.batch_size}",
         f"progress by {'trajectory' if trajectory else 'fraction of the budget'}{why}",
         *([said] if (said := pilot_note(profile)) else []),
         *([f"allowed: {'; '.join(allowed)}"] if (allowed := plan.constraints.get("allowed")) else []),

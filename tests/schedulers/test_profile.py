@@ -175,3 +175,19 @@ def test_a_strategy_that_left_a_race_never_ties_with_the_one_that_won_it(worth: 
     assert_allclose(score[:, 1], best, rtol=1e-12)
     assert optimize(raced, 1e6, criterion=planted).strategies == (Strategy(mode="b"),)
     assert optimize(profile(moments=moments), 1e6, criterion=planted).strategies == (Strategy(mode="a"),)
+
+
+def test_another_batch_weighs_the_variance_by_its_size(raw_profile) -> None:
+    rng = np.random.default_rng(0)
+    five = {name: rng.uniform(0.5, 2, (3, 4)) for name in ("bias_sq", "variance", "norm_sq", "inner")}
+    moments = Moments(norm_sq_ref=np.ones((3, 4)), **five)
+    at_8 = raw_profile(np.zeros((3, 4)), moments=moments, contenders={"ca-mse": np.eye(3, 4, dtype=bool)})
+    at_64 = at_8.for_batch(64)
+    assert (at_64.batch_size, at_64.beta, at_64.contenders) == (64, 8 * at_8.beta, {})
+    expected = five["bias_sq"] + at_8.cost / (8 * at_8.beta) * five["variance"]
+    np.testing.assert_allclose(at_64.scores("ca-mse", at_8.progress)[0], expected)
+    cosine = five["inner"] ** 2 / (five["norm_sq"] + five["variance"] / 64) * at_8.reference_cost / at_8.cost
+    np.testing.assert_allclose(at_64.scores("descent-batch", at_8.progress)[0], cosine)
+    assert at_8.for_batch(8) is at_8
+    with pytest.raises(UsageError, match="batch_size=0"):
+        at_8.for_batch(0)

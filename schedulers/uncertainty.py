@@ -244,12 +244,6 @@ def with_doubts(profile: Profile, stages: Sequence[Stage], doubts: Sequence[Stag
     )
 
 
-def schedule_regret(problem: Problem, path: IntArray, budget: float, *, draws: int, seed: int = 0) -> float:
-    """Expected relative shortfall of a path to the path that is best in each draw, of what the mode maximizes."""
-    own, best = redrawn(problem, path, budget, draws=draws, seed=seed)
-    return relative_shortfall(own, best)
-
-
 def redrawn(
     problem: Problem, path: IntArray, budget: float, *, draws: int, seed: int = 0
 ) -> tuple[FloatArray, FloatArray]:

@@ -33,7 +33,7 @@ COMMAND = "python -m benchmarks.optimizer.shift"
 GRID = "patch=2,4,7,14;dropout=0,0.25,0.5,0.75"
 CHECKPOINTS = (0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)
 PARTS = (64, 8, 1)
-BATCHES = (64, 4096)  # the runs' own, and the paper's scale
+BATCHES = (64, 512, 4096)  # the runs' own, and up to the paper's scale
 RUNS = {"mixed": "2M", "none": "500K"}
 CRITERIA = (("descent", "optimizer"), ("ca-mse", "euclidean"))
 
@@ -95,7 +95,7 @@ def of_cube(path: Path) -> tuple[dict[str, Any], list[Schedule]]:
         plans = [optimize(profile, b, criterion=criterion, progress="trajectory", draws=200) for b in budgets]
         first = first or plans
         if criterion == "descent" and batch != BATCHES[0]:
-            large = plans
+            large += plans
         base = dict(profile.grid.reference)
         found["schedules"][f"{criterion}, batch {batch}"] = [facts(plan, base) for plan in plans]
         score, se = profile.scores(criterion, profile.progress)

@@ -10,16 +10,14 @@ measures nothing and only writes the summary anew. The parts have more options o
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.summary import Row, table, write_summary
+from benchmarks.parts import run_parts
+from benchmarks.summary import Row
 
-FOLDER = Path(__file__).parent
 PARTS = ("efficiency", "overhead", "per_sample")
 
 
@@ -34,25 +32,5 @@ def rows_of(folder: Path) -> list[Row]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Sample efficiency, overhead and speed of the profiler.")
-    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="small, for a look; writes no summary")
-    parser.add_argument("--rows", action="store_true", help="measure nothing, write the summary from the results")
-    options = parser.parse_args()
-    if not options.rows:
-        for part in PARTS if options.part == "all" else (options.part,):
-            command = [sys.executable, "-m", f"benchmarks.profile.{part}", "--device", options.device]
-            done = subprocess.run([*command, *(["--quick"] if options.quick else [])], check=False)
-            if done.returncode:
-                return done.returncode
-    if not options.quick:
-        rows = rows_of(FOLDER / "results")
-        write_summary(FOLDER / "summary.json", rows)
-        print(table([("profile", row) for row in rows]))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_parts("profile", PARTS, rows_of, "Sample efficiency, overhead and speed of the profiler."))

@@ -25,7 +25,8 @@ from schedulers.uncertainty import (
     StageDoubt,
     cells_worth_samples,
     moment_draws,
-    schedule_regret,
+    redrawn,
+    relative_shortfall,
     stage_doubts,
     worth_draws,
 )
@@ -218,13 +219,13 @@ def test_a_wish_would_make_the_difference_plain(worth, worth_profile) -> None:
 def test_the_regret_of_a_schedule_is_what_perfect_knowledge_would_add(worth, worth_profile) -> None:
     profile = worth_profile([[2.0, 2.2]], covariance=errors(1, [0.3, 0.4]))
     problem = Problem.of(profile, worth, Constraints(), 1, 0.0, "fraction")
-    found = schedule_regret(problem, np.array([1]), 1000.0, draws=2000)
+    found = relative_shortfall(*redrawn(problem, np.array([1]), 1000.0, draws=2000))
     assert found == pytest.approx(shortfall(0.2, 0.5) / (2.2 + shortfall(0.2, 0.5)), rel=0.1)
     # by trajectory the pilot, here the reference, moves at 1 in every draw
     noise = np.random.default_rng(1).normal(size=(2, 1_000_000))
     ratio = (2.2 + 0.4 * noise[0]) / np.maximum(2 + 0.3 * noise[1], 0.2)
     problem = Problem.of(profile, worth, Constraints(), 1, 0.0, "trajectory")
-    found = schedule_regret(problem, np.array([1]), 1000.0, draws=2000)
+    found = relative_shortfall(*redrawn(problem, np.array([1]), 1000.0, draws=2000))
     assert found == pytest.approx(np.maximum(1 - ratio, 0).mean() / np.maximum(1, ratio).mean(), rel=0.1)
 
 

@@ -1,7 +1,8 @@
-"""Several processes that measure one profile together: `torchrun --nproc-per-node N -m gradscope profile ...`.
+"""Several processes that profile or train together: `torchrun --nproc-per-node N -m gradscope ...`.
 
-Every rank works on its own sub-batches. When a decision is due, what they found is brought together on the
-first rank with torch.distributed's collectives; it decides and tells the others.
+In a profile every rank works on its own sub-batches; when a decision is due, what they found is brought together on
+the first rank with torch.distributed's collectives; it decides and tells the others. In training every rank has its
+share of each batch, and features are gathered so that a loss sees all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -81,6 +82,73 @@ class Ranks:
         with _peers():
             dist.gather_object(value, values)
         return values or []
+
+    def gather_constant(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks one below the other, (R * B, ...), without gradient."""
+        return tensor if self.size == 1 else self._gathered(tensor).flatten(0, 1)
+
+    def gather_with_gradient(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, (R, ...), whose gradient reaches those of every rank.
+
+        In the backward pass a rank's tensor gets the sum of what the losses of all ranks say about it.
+        """
+        if self.size == 1:
+            return tensor[None]
+        gathered: Tensor = _Gather.apply(tensor, self)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks, on all of them, without gradient."""
+        if self.size == 1:
+            return tensor
+        summed = tensor.detach().clone()
+        with _peers():
+            dist.all_reduce(summed)
+        return summed / self.size
+
+    def mean_of(self, number: float) -> float:
+        """The mean of a number over the ranks, on all of them."""
+        return number if self.size == 1 else float(self.mean(torch.tensor(number, dtype=torch.float64)))
+
+    def agree(self, what: str, numbers: Sequence[int], *, highest: int = 0) -> int:
+        """The largest `highest` of any rank, after checking that all give the same `numbers`.
+
+        One collective call of a few bytes over the CPU. Raises RankError, naming `what`, where they differ.
+        """
+        if self.size == 1:
+            return highest
+        extremes = torch.tensor([highest, *numbers, *(-number for number in numbers)])
+        with _peers():
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        most, high, low = extremes[0], extremes[1 : len(numbers) + 1], -extremes[len(numbers) + 1 :]
+        if not torch.equal(low, high):
+            raise RankError(
+                f"the ranks disagree on {what}: from {low.tolist()} to {high.tolist()}; start all of them with the "
+                "same settings and files"
+            )
+        return int(most)
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with _peers():
+            dist.all_gather(parts, tensor.detach().contiguous())
+        return torch.stack(parts)
+
+
+class _Gather(torch.autograd.Function):
+    """`gather_with_gradient`."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        context.ranks = ranks
+        return ranks._gathered(tensor)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].contiguous().clone()
+        with _peers():
+            dist.all_reduce(summed)
+        return summed[context.ranks.rank], None
 
 
 ALONE = Ranks()
@@ -195,6 +263,6 @@ def _peers(lacking: str = "") -> Iterator[None]:
         late = "timed out" in text.lower() or "timeout" in text.lower()
         what = f"does not answer in time, which {TIMEOUT_NAME} sets" if late else "has ended before its time"
         raise RankError(
-            f"{lacking or f'another rank of this job {what}'} ({text.splitlines()[0].split('. ')[0][:160]}); finished "
-            "cells are saved, run the same command again to continue, on any number of ranks"
+            f"{lacking or f'another rank of this job {what}'} ({text.splitlines()[0].split('. ')[0][:160]}); what is "
+            "finished is saved, run the same command again to continue, on any number of ranks"
         ) from error

@@ -18,12 +18,17 @@ PAPER_BASE_TOKENS = 197  # 14 x 14 patches and the class token: a 224-pixel imag
 
 @dataclass(frozen=True)
 class CostFormula:
-    """Units per token of the query, the key and one small crop; `str()` is the formula of Table 1."""
+    """Units per token of the query, the key and one small crop; `str()` is the formula of Table 1.
+
+    `key_tokens`: how long the key is under a strategy. "patch": it has the strategy's patch and loses no tokens;
+    "query": it is compressed as the query is; "base": it stays the reference (paper, Sec. 6.2 and 6.4).
+    """
 
     query: int
     key: int
     small: int
     text: str
+    key_tokens: str = "patch"
 
     def __str__(self) -> str:
         return self.text
@@ -31,8 +36,8 @@ class CostFormula:
 
 METHOD_FORMULAS: dict[str, CostFormula] = {
     "mocov3": CostFormula(3, 1, 0, "(3 L_q + L_k) / L_base"),
-    "simclr": CostFormula(3, 3, 0, "3 (L_q + L_k) / L_base"),
-    "dino": CostFormula(3, 1, 3, "(3 L_q + 3 K L_small + L_k) / L_base"),
+    "simclr": CostFormula(3, 3, 0, "3 (L_q + L_k) / L_base", key_tokens="query"),
+    "dino": CostFormula(3, 1, 3, "(3 L_q + 3 K L_small + L_k) / L_base", key_tokens="base"),
 }
 
 
@@ -52,31 +57,30 @@ def sequence_cost(method: str, *, query: float, key: float, base: float, small: 
     with K = `crops` small crops of L_small = `small` tokens. Raises UsageError for an unknown method,
     for crops where the method has none, and for lengths that are not positive.
     """
-    if method not in METHOD_FORMULAS:
-        raise UsageError(f"unknown method {method!r}; the methods are {', '.join(METHOD_FORMULAS)}")
+    formula = _formula(method)
     for name, length in (("query", query), ("key", key), ("base", base)):
         if not length > 0:
             raise UsageError(f"{name}={length!r} tokens is not a positive sequence length")
     if small < 0 or crops < 0:
         raise UsageError(f"small={small!r} and crops={crops!r} must not be negative")
-    formula = METHOD_FORMULAS[method]
     if small * crops and not formula.small:
         raise UsageError(f"method {method!r} has no small crops; leave out small and crops, or use dino")
     return (formula.query * query + formula.key * key + formula.small * crops * small) / base
 
 
-def token_counts(image_size: int, base_patch: int, strategy: Strategy) -> TokenCounts:
+def token_counts(image_size: int, base_patch: int, strategy: Strategy, *, method: str = "mocov3") -> TokenCounts:
     """Integer sequence lengths under `strategy`, class token included.
 
-    query: floor(n (1 − dropout)) + 1 with n = (image_size / patch)²; key: n + 1 (the strategy's patch,
-    no dropout); base: (image_size / base_patch)² + 1. An axis that is not given takes the reference's
-    value. Raises UsageError for patches that do not divide the image and for axes other than these two.
+    query: floor(n (1 − dropout)) + 1 with n = (image_size / patch)²; base: (image_size / base_patch)² + 1; key: by
+    `method`, n + 1 for mocov3 (the strategy's patch, no dropout), the query's for simclr, the base's for dino.
+    An axis that is not given takes the reference's value. Raises UsageError for an unknown method, for patches that
+    do not divide the image and for axes other than these two.
     """
     patch, dropout = _patch_and_dropout(base_patch, strategy)
     tokens = patch_tokens(image_size, patch)
-    return TokenCounts(
-        query=kept_tokens(tokens, dropout) + 1, key=tokens + 1, base=patch_tokens(image_size, base_patch) + 1
-    )
+    query, base = kept_tokens(tokens, dropout) + 1, patch_tokens(image_size, base_patch) + 1
+    key = {"patch": tokens + 1, "query": query, "base": base}[_formula(method).key_tokens]
+    return TokenCounts(query=query, key=key, base=base)
 
 
 def token_cost(
@@ -86,7 +90,7 @@ def token_cost(
 
     DINO's small crops are given as their length in tokens, class token included, and their number.
     """
-    counts = token_counts(image_size, base_patch, strategy)
+    counts = token_counts(image_size, base_patch, strategy, method=method)
     return sequence_cost(method, query=counts.query, key=counts.key, base=counts.base, small=small, crops=crops)
 
 
@@ -96,13 +100,13 @@ def paper_cost(
     """Units per sample in the convention that reproduces the paper's Fig. 3.
 
     L_q = (1 − dropout)(n_q + 1), not rounded, the class token scaled too; L_k = n_base + 1, an
-    uncompressed key; L_base = 197 whatever the image size. The reference of a 240-pixel image
-    therefore costs 4.59 units, not 4, under MoCo-v3.
+    uncompressed key (under simclr, which compresses both views, L_k = L_q); L_base = 197 whatever the image
+    size. The reference of a 240-pixel image therefore costs 4.59 units, not 4, under MoCo-v3.
     """
     patch, dropout = _patch_and_dropout(base_patch, strategy)
     kept_tokens(patch_tokens(image_size, patch), dropout)  # refuses what could not run
     query = float((1 - exact(dropout)) * (patch_tokens(image_size, patch) + 1))
-    key = patch_tokens(image_size, base_patch) + 1
+    key = query if _formula(method).key_tokens == "query" else patch_tokens(image_size, base_patch) + 1
     return sequence_cost(method, query=query, key=key, base=PAPER_BASE_TOKENS, small=small, crops=crops)
 
 
@@ -113,6 +117,12 @@ def paper_table2b_cost(image_size: int, patch: int) -> float:
     from Fig. 3's convention by up to 0.012 units.
     """
     return 4 * patch_tokens(image_size, patch) / (PAPER_BASE_TOKENS - 1)
+
+
+def _formula(method: str) -> CostFormula:
+    if method not in METHOD_FORMULAS:
+        raise UsageError(f"unknown method {method!r}; the methods are {', '.join(METHOD_FORMULAS)}")
+    return METHOD_FORMULAS[method]
 
 
 def _patch_and_dropout(base_patch: int, strategy: Strategy) -> tuple[int, float]:

@@ -21,13 +21,28 @@ from torch import Tensor, nn
 from schedulers.tokens import patch_tokens
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def interpolation_matrix(size_from: int, size_to: int) -> Tensor:
     """Linear interpolation of `size_from` samples at the centres of `size_to` pixels: float64 (size_to, size_from).
 
     Half-pixel centres, no antialiasing, border values repeated: what
     `torch.nn.functional.interpolate(mode="linear", align_corners=False)` computes.
     """
+    return _interpolation_matrix(size_from, size_to)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def resize_pseudo_inverse(patch_from: int, patch_to: int) -> Tensor:
+    """Pseudo-inverse A^+ of the p -> q resize: float64 (patch_from, patch_to)."""
+    return _resize_pseudo_inverse(patch_from, patch_to)
+
+
+# The cache is kept apart from what a compiled model calls: torch.compile looks through a cache and would put the
+# singular values into its graph; of a function that is declared constant it keeps the result.
+
+
+@lru_cache(maxsize=256)
+def _interpolation_matrix(size_from: int, size_to: int) -> Tensor:
     centre_T = (torch.arange(size_to, dtype=torch.float64) + 0.5) * size_from / size_to - 0.5
     centre_T = centre_T.clamp(0, size_from - 1)
     lower_T = centre_T.floor().long().clamp(max=max(size_from - 2, 0))
@@ -40,9 +55,8 @@ def interpolation_matrix(size_from: int, size_to: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def resize_pseudo_inverse(patch_from: int, patch_to: int) -> Tensor:
-    """Pseudo-inverse A^+ of the p -> q resize: float64 (patch_from, patch_to)."""
-    inverse_PQ: Tensor = torch.linalg.pinv(interpolation_matrix(patch_from, patch_to))
+def _resize_pseudo_inverse(patch_from: int, patch_to: int) -> Tensor:
+    inverse_PQ: Tensor = torch.linalg.pinv(_interpolation_matrix(patch_from, patch_to))
     return inverse_PQ
 
 
@@ -54,7 +68,7 @@ def resize_patch_weight(weight_DCPP: Tensor, patch: int) -> Tensor:
     base = weight_DCPP.shape[-1]
     if patch == base:
         return weight_DCPP
-    inverse_PQ = resize_pseudo_inverse(base, patch).to(weight_DCPP)
+    inverse_PQ: Tensor = resize_pseudo_inverse(base, patch).to(weight_DCPP)
     return inverse_PQ.T @ weight_DCPP @ inverse_PQ
 
 

@@ -5,13 +5,14 @@ parameters. The parameters are drawn on the CPU, a fixed number for each image, 
 generator gives the same views on every device, whatever the images show and whichever operations
 are switched on.
 
-Shapes: B image, C channel, H row, W column, T attempt at a crop, S side of the output.
+Shapes: B image, R image still without a crop, C channel, H row, W column, N random number, S side of the output.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -32,7 +33,10 @@ MIN_SIGMA = 0.256
 A neighbour's weight is w = exp(-1/(2 sigma^2)), a pixel changes by at most 4 w, and 4 w < 1/510.
 """
 
+INTERPOLATIONS = ("bilinear", "bicubic")
+
 _ATTEMPTS = 10
+_NUMBERS = 2 * _ATTEMPTS + 12  # random numbers an image, whatever is done with them
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Augmentation:
     - `crop_scale`, `crop_ratio`: ranges of the box's share of the image area (uniform) and of its
       width over its height (uniform in the logarithm). As in the published recipes ten boxes are
       tried, and where none fits the largest central box of a legal ratio is taken.
+    - `interpolation`: `bilinear` between pixel centres, without a low-pass filter, or `bicubic` with one,
+      as Pillow resizes. Pictures decoded from files are low-passed in either case.
     - `brightness`, `contrast`, `saturation`: factor uniform in [max(0, 1 - x), 1 + x]; `hue`:
       rotation uniform in [-x, x] of the circle, by rotating the colours of YIQ; `jitter`:
       probability of all four. Published recipes shuffle the four; here their order is fixed.
@@ -71,6 +77,7 @@ class Augmentation:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
     solarize_threshold: float = 128 / 255
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "gray", "blur", "solarize", "solarize_threshold"):
@@ -90,6 +97,8 @@ class Augmentation:
                 "augmentation: mean and std must give one number a channel, std above 0, "
                 f"not {self.mean} and {self.std}"
             )
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(f"augmentation: interpolation must be bilinear or bicubic, not {self.interpolation!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +120,19 @@ class Draw:
     sigma_B: Array
     solarize_B: NDArray[np.bool_]
 
+    def rows(self, rows: slice) -> Draw:
+        """The parameters of some of the images."""
+        return Draw(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def crops(self, height: int, width: int, size: int) -> bool:
+        """Whether any image of `height` x `width` pixels has to be resampled to be `size` x `size`."""
+        return not (height == width == size and bool((self.box_B4[:, 2:] == size).all()))
+
+
+def join(draws: Sequence[Draw]) -> Draw:
+    """The parameters of several batches, one after the other."""
+    return Draw(*(np.concatenate([getattr(drawn, field.name) for drawn in draws]) for field in fields(Draw)))
+
 
 def augment(images_BCHW: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
     """One random view of every image: float32 (B, C, size, size), normalised, on the images' device.
@@ -131,16 +153,26 @@ def augment(images_BCHW: Tensor, augmentation: Augmentation, generator: torch.Ge
 
 def draw(batch: int, height: int, width: int, augmentation: Augmentation, generator: torch.Generator) -> Draw:
     """Random parameters for `batch` images of `height` x `width` pixels: 32 numbers an image from `generator`."""
+    numbers_BN = random_numbers(batch, generator)
+    return draw_from(numbers_BN, boxes(numbers_BN, height, width, augmentation), augmentation)
+
+
+def random_numbers(batch: int, generator: torch.Generator) -> Array:
+    """What the parameters of one view of `batch` images are computed from: uniform in [0, 1), 32 for each image."""
     if generator.device.type != "cpu":
         raise UsageError(
             "augment: the generator must be a CPU generator, so that every device sees the same views, "
             f"not one on {generator.device}"
         )
-    numbers = torch.rand(batch, 2 * _ATTEMPTS + 12, generator=generator).numpy()
-    area_BT, ratio_BT, place_B2, factor_B3, rest = np.split(numbers, np.cumsum((_ATTEMPTS, _ATTEMPTS, 2, 3)), axis=1)
+    numbers_BN: Array = torch.rand(batch, _NUMBERS, generator=generator).numpy()
+    return numbers_BN
+
+
+def draw_from(numbers_BN: Array, box_B4: Array, augmentation: Augmentation) -> Draw:
+    """The parameters that follow from the random numbers of some images, with these crops."""
+    factor_B3, rest = numbers_BN[:, 2 * _ATTEMPTS + 2 :][:, :3], numbers_BN[:, 2 * _ATTEMPTS + 5 :]
     flip_B, jitter_B, hue_B, gray_B, blur_B, width_B, solarize_B = rest.T
     a = augmentation
-
     jittered_B = jitter_B < a.jitter
     strength_3 = np.array((a.brightness, a.contrast, a.saturation), np.float32)
     lowest_3 = np.maximum(1 - strength_3, 0)
@@ -148,7 +180,7 @@ def draw(batch: int, height: int, width: int, augmentation: Augmentation, genera
     narrow, wide = (sigma * a.size / REFERENCE_SIZE for sigma in a.blur_sigma)
     sigma_B = narrow + (wide - narrow) * width_B
     return Draw(
-        box_B4=_boxes(area_BT, ratio_BT, place_B2, height, width, a),
+        box_B4=box_B4,
         flip_B=flip_B < a.flip,
         brightness_B=factor_B3[:, 0],
         contrast_B=factor_B3[:, 1],
@@ -160,8 +192,12 @@ def draw(batch: int, height: int, width: int, augmentation: Augmentation, genera
     )
 
 
-def apply(images_BCHW: Tensor, augmentation: Augmentation, drawn: Draw) -> Tensor:
-    """The views that `drawn` describes: float32 (B, C, size, size), normalised; `images_BCHW` is left as it was."""
+def apply(images_BCHW: Tensor, augmentation: Augmentation, drawn: Draw, *, crop: bool | None = None) -> Tensor:
+    """The views that `drawn` describes: float32 (B, C, size, size), normalised; `images_BCHW` is left as it was.
+
+    `crop`: whether to cut the boxes out, or to take the images as they are, each `size` x `size`; by default
+    what the boxes need. Images are resampled all or none, so a part of a batch passes what the whole needs.
+    """
     a = augmentation
     _, channels, height, width = images_BCHW.shape
     colour_B = np.where(drawn.gray_B, np.float32(0), drawn.saturation_B)
@@ -169,13 +205,12 @@ def apply(images_BCHW: Tensor, augmentation: Augmentation, drawn: Draw) -> Tenso
     packed = torch.from_numpy(np.column_stack((drawn.box_B4, *columns))).to(images_BCHW.device)
     flip_B, brightness_B, contrast_B, saturation_B, hue_B, sigma_B = packed[:, 4:].unbind(1)
 
-    x = images_BCHW.float()
-    if images_BCHW.dtype == torch.uint8:
-        x = x.div_(255)
-    if height == width == a.size and bool((drawn.box_B4[:, 2:] == a.size).all()):  # nothing to resample
-        x = torch.where(flip_B[:, None, None, None] > 0, x.flip(3), x)
+    x = pixels.unit_range(images_BCHW)
+    if drawn.crops(height, width, a.size) if crop is None else crop:
+        resample = pixels.resized_crop if a.interpolation == "bilinear" else pixels.bicubic_crop
+        x = resample(x, packed[:, :4], flip_B > 0, a.size)
     else:
-        x = pixels.resized_crop(x, packed[:, :4], flip_B > 0, a.size)
+        x = torch.where(flip_B[:, None, None, None] > 0, x.flip(3), x)
     if a.jitter and (a.brightness or a.contrast):
         x = pixels.brightness_contrast_(x, brightness_B, contrast_B)
     if channels == 3 and (a.gray or (a.jitter and (a.saturation or a.hue))):
@@ -191,56 +226,49 @@ def apply(images_BCHW: Tensor, augmentation: Augmentation, drawn: Draw) -> Tenso
     return x.sub_(mean_C11).div_(std_C11)
 
 
-def mocov3_views(
-    image_size: int, mean: tuple[float, ...], std: tuple[float, ...], channels: int
-) -> tuple[Augmentation, Augmentation]:
-    """The two views of MoCo-v3's recipe for ViT (Chen, Xie, He 2021), for images of `image_size` pixels.
+def boxes(numbers_BN: Array, height: int | Array, width: int | Array, augmentation: Augmentation) -> Array:
+    """Boxes (B, 4) of whole pixels (top, left, height, width): the first attempt that fits, else a central one.
 
-    They differ in blur (always / one in ten) and solarization (never / one in five). Images of one
-    channel have no colour to change: saturation, hue and grayscale are switched off for them.
+    `height`, `width`: of the images, one for all or float32 (B,).
     """
-    if len(mean) != channels:
-        raise UsageError(f"mocov3_views: mean must give one number for each of the {channels} channels, not {mean}")
-    colour = channels == 3
-    first = Augmentation(
-        size=image_size,
-        mean=mean,
-        std=std,
-        crop_scale=(0.08, 1.0),
-        crop_ratio=(3 / 4, 4 / 3),
-        flip=0.5,
-        jitter=0.8,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2 if colour else 0.0,
-        hue=0.1 if colour else 0.0,
-        gray=0.2 if colour else 0.0,
-        blur=1.0,
-    )
-    return first, replace(first, blur=0.1, solarize=0.2)
-
-
-def _boxes(area_BT: Array, ratio_BT: Array, place_B2: Array, height: int, width: int, a: Augmentation) -> Array:
-    """Boxes (B, 4) of whole pixels: the first attempt that fits into the image, else a central box."""
-    low, high = a.crop_scale
-    area_BT = height * width * (low + (high - low) * area_BT)
-    narrow, wide = (math.log(ratio) for ratio in a.crop_ratio)
-    ratio_BT = np.exp(narrow + (wide - narrow) * ratio_BT)
-    size_BT2 = np.rint(np.sqrt(np.stack((area_BT / ratio_BT, area_BT * ratio_BT), axis=2)))
-    image_2 = np.array((height, width), np.float32)
-    fits_BT = np.all((size_BT2 >= 1) & (size_BT2 <= image_2), axis=2)
-    found_B1, first_B = fits_BT.any(1, keepdims=True), fits_BT.argmax(1)
-    size_B2 = np.where(found_B1, size_BT2[np.arange(len(first_B)), first_B], _largest_box(height, width, a))
-    room_B2 = image_2 - size_B2
-    start_B2 = np.where(found_B1, np.floor(place_B2 * (room_B2 + 1)), room_B2 // 2)
+    a = augmentation
+    image_B2 = np.empty((len(numbers_BN), 2), np.float32)
+    image_B2[:, 0], image_B2[:, 1] = height, width
+    size_B2, found_B = _attempt(numbers_BN[:, 0], numbers_BN[:, _ATTEMPTS], image_B2, a)
+    again_R = np.flatnonzero(~found_B)
+    for attempt in range(1, _ATTEMPTS):
+        if len(again_R) == 0:
+            break
+        area_R, ratio_R = numbers_BN[again_R, attempt], numbers_BN[again_R, _ATTEMPTS + attempt]
+        size_B2[again_R], fits_R = _attempt(area_R, ratio_R, image_B2[again_R], a)
+        again_R = again_R[~fits_R]
+    if len(again_R):
+        size_B2[again_R] = _largest_boxes(image_B2[again_R], a)
+    room_B2 = image_B2 - size_B2
+    place_B2 = numbers_BN[:, 2 * _ATTEMPTS : 2 * _ATTEMPTS + 2]
+    start_B2 = np.floor(place_B2 * (room_B2 + 1))
+    start_B2[again_R] = room_B2[again_R] // 2
     return np.concatenate((start_B2, size_B2), axis=1, dtype=np.float32)
 
 
-def _largest_box(height: int, width: int, a: Augmentation) -> tuple[int, int]:
-    """(height, width) of the largest box with a legal ratio."""
+def _attempt(area_R: Array, ratio_R: Array, image_R2: Array, a: Augmentation) -> tuple[Array, NDArray[np.bool_]]:
+    """(height, width) that random numbers give for images of these sizes, and whether they fit."""
+    low, high = a.crop_scale
+    narrow, wide = (math.log(ratio) for ratio in a.crop_ratio)
+    area_R = image_R2[:, 0] * image_R2[:, 1] * (low + (high - low) * area_R)
+    ratio_R = np.exp(narrow + (wide - narrow) * ratio_R)
+    size_R2 = np.empty_like(image_R2)
+    size_R2[:, 0], size_R2[:, 1] = area_R / ratio_R, area_R * ratio_R
+    np.rint(np.sqrt(size_R2, out=size_R2), out=size_R2)
+    fits_R2 = (size_R2 >= 1) & (size_R2 <= image_R2)
+    return size_R2, fits_R2[:, 0] & fits_R2[:, 1]
+
+
+def _largest_boxes(image_B2: Array, a: Augmentation) -> Array:
+    """(height, width) of the largest box with a legal ratio in images of these heights and widths."""
     narrow, wide = a.crop_ratio
-    if width < height * narrow:
-        return max(1, round(width / narrow)), width
-    if width > height * wide:
-        return height, max(1, round(height * wide))
-    return height, width
+    height_B, width_B = image_B2.T.astype(np.float64)
+    tall = np.stack((np.maximum(np.rint(width_B / narrow), 1), width_B), axis=1)
+    broad = np.stack((height_B, np.maximum(np.rint(height_B * wide), 1)), axis=1)
+    legal = np.where((width_B > height_B * wide)[:, None], broad, image_B2)
+    return np.where((width_B < height_B * narrow)[:, None], tall, legal).astype(np.float32)

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from gradscope.data.images import ImageData, image_data
-from gradscope.errors import DataError, UsageError
-
-DATASETS = ("fashion-mnist-10k", "fashion-mnist")
-"""Names that `load_data` knows."""
+from gradscope.errors import DataError
 
 CLASSES = (
     "T-shirt/top",
@@ -44,28 +41,32 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 EMBEDDED_TRAIN = 8000
 
 
-def load_data(name: str, folder: Path | None = None) -> ImageData:
-    """The dataset called `name`, in memory.
+def fashion_mnist(folder: Path | None = None) -> ImageData:
+    """All 60,000 and 10,000 images, in memory.
 
-    - `fashion-mnist-10k` ships with the package: the 10,000 test images, of which the first 8,000
-      are its training set and the last 2,000 its test set.
-    - `fashion-mnist`: all 60,000 and 10,000 images, from the first of `folder`, the folder in the
-      environment variable GRADSCOPE_DATA, the user's cache and Debian's dataset folder that has the
-      four files, gzipped or not.
-
-    Every file is checked by SHA-256. Raises UsageError for an unknown name, or a folder given to the
-    dataset that ships; DataError when files are missing (it tells where they were looked for and how
-    to get them) or are not what they should be.
+    From the first of `folder`, the folder in the environment variable GRADSCOPE_DATA, the user's cache and
+    Debian's dataset folder that has the four files, gzipped or not. Every file is checked by SHA-256. Raises
+    DataError when files are missing (it tells where they were looked for and how to get them) or are not what
+    they should be.
     """
-    if name == "fashion-mnist":
-        return _full(_find(folder))
-    if name != "fashion-mnist-10k":
-        raise UsageError(f"unknown dataset {name!r}; the datasets are {', '.join(DATASETS)}")
-    if folder is not None:
-        raise UsageError(f"{name} ships with gradscope and is not read from {folder}; fashion-mnist is")
+    found = _find(folder)
+    train_images, train_labels = _pair(found, "train")
+    test_images, test_labels = _pair(found, "t10k")
+    return image_data(
+        "fashion-mnist",
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        classes=CLASSES,
+    )
+
+
+def fashion_mnist_10k() -> ImageData:
+    """The 10,000 test images, which ship with the package: 8,000 for training and 2,000 for tests, in memory."""
     images, labels = _pair(EMBEDDED, "t10k")
     return image_data(
-        name,
+        "fashion-mnist-10k",
         train_images=images[:EMBEDDED_TRAIN],
         train_labels=labels[:EMBEDDED_TRAIN],
         test_images=images[EMBEDDED_TRAIN:],
@@ -92,19 +93,6 @@ def read_file(folder: Path, name: str) -> bytes:
             f"not {FILES[name][:16]}...; replace it with a complete copy"
         )
     return content
-
-
-def _full(folder: Path) -> ImageData:
-    train_images, train_labels = _pair(folder, "train")
-    test_images, test_labels = _pair(folder, "t10k")
-    return image_data(
-        "fashion-mnist",
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        classes=CLASSES,
-    )
 
 
 def _pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:

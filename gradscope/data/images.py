@@ -1,14 +1,138 @@
-"""The value that every dataset is: images in memory, split into training and test, with their statistics."""
+"""What every dataset promises, and the kind whose images lie in memory.
+
+Shapes: B image, C channel, H row, W column, S side of a view; B' image of the rows asked for.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gradscope.errors import DataError
+from gradscope.data.augment import Augmentation, Draw, apply, draw, join
+from gradscope.data.pixels import unit_range
+from gradscope.errors import DataError, UsageError
+
+EVERY = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One view of a batch, half made: what is left is done on the device, for all images at once.
+
+    `images_BCHW`: uint8 on the CPU; `crop`: whether the boxes of `drawn` are still to be cut out.
+    """
+
+    images_BCHW: Tensor
+    augmentation: Augmentation
+    drawn: Draw
+    crop: bool
+
+
+Prepared = tuple[Part, ...]
+"""The views of a batch, half made: one part for each augmentation."""
+
+
+class Dataset(Protocol):
+    """Images to train and to evaluate on, wherever they lie.
+
+    `classes` is empty where nothing is labelled; then so are `train_labels` and `test_labels`, otherwise
+    int64 (N,), positions in `classes`. `mean` and `std` are of pixels in [0, 1], one number a channel.
+    Equal `digest`s mean equal data.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def train_count(self) -> int: ...
+    @property
+    def test_count(self) -> int: ...
+    @property
+    def train_labels(self) -> Tensor: ...
+    @property
+    def test_labels(self) -> Tensor: ...
+
+    @property
+    def skipped(self) -> tuple[Path, ...]:
+        """Files that could not be read so far, and in whose place others were taken."""
+        ...
+
+    def prepare(
+        self,
+        indices_B: Tensor,
+        augmentations: Sequence[Augmentation],
+        generator: torch.Generator,
+        rows: slice = EVERY,
+    ) -> Prepared:
+        """The work of the CPU for random views of training images `indices_B[rows]`; may run in any thread.
+
+        Random numbers are drawn for all of `indices_B`, for one augmentation after the other, so the views of
+        an image do not depend on `rows`.
+        """
+        ...
+
+    def finish(self, prepared: Prepared, device: torch.device) -> tuple[Tensor, ...]:
+        """The rest of the work, on `device`: for each augmentation float32 (B', C, S, S), normalised."""
+        ...
+
+    def views(
+        self,
+        indices_B: Tensor,
+        augmentations: Sequence[Augmentation],
+        generator: torch.Generator,
+        device: torch.device,
+        rows: slice = EVERY,
+    ) -> tuple[Tensor, ...]:
+        """`finish` of `prepare`."""
+        ...
+
+    def plain(self, part: str, indices_B: Tensor) -> Tensor:
+        """uint8 (B, C, S, S) of images of the part `train` or `test`, not augmented, S being `image_size`."""
+        ...
+
+
+def finish(prepared: Prepared, device: torch.device) -> tuple[Tensor, ...]:
+    """What every dataset does with prepared views.
+
+    Images that several views share are moved once, and neighbouring views of the same augmentation are made
+    together: for many small crops that saves most of the time.
+    """
+    moved: dict[int, Tensor] = {}
+    for part in prepared:
+        if id(part.images_BCHW) not in moved:
+            moved[id(part.images_BCHW)] = unit_range(part.images_BCHW.to(device, non_blocking=True).contiguous())
+    views: list[Tensor] = []
+    for (augmentation, crop), alike in itertools.groupby(prepared, lambda part: (part.augmentation, part.crop)):
+        parts = list(alike)
+        images = [moved[id(part.images_BCHW)] for part in parts]
+        joined = (torch.cat(images), join([part.drawn for part in parts])) if len(parts) > 1 else None
+        images_BCHW, drawn = joined or (images[0], parts[0].drawn)
+        views += apply(images_BCHW, augmentation, drawn, crop=crop).chunk(len(parts))
+    return tuple(views)
+
+
+def check_part(part: str) -> None:
+    """Raise UsageError unless `part` is `train` or `test`."""
+    if part not in ("train", "test"):
+        raise UsageError(f"part {part!r} of a dataset: it must be train or test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +163,56 @@ class ImageData:
     def image_size(self) -> int:
         """Height of the images in pixels."""
         return self.train_images.shape[2]
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train_images)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test_images)
+
+    @property
+    def skipped(self) -> tuple[Path, ...]:
+        """None: images in memory have been read."""
+        return ()
+
+    def prepare(
+        self,
+        indices_B: Tensor,
+        augmentations: Sequence[Augmentation],
+        generator: torch.Generator,
+        rows: slice = EVERY,
+    ) -> Prepared:
+        """See `Dataset.prepare`."""
+        images_BCHW = self.train_images.index_select(0, indices_B[rows])  # three times as fast as []
+        height, width = images_BCHW.shape[2:]
+        parts = []
+        for augmentation in augmentations:
+            drawn = draw(len(indices_B), height, width, augmentation, generator)
+            crop = drawn.crops(height, width, augmentation.size)
+            parts.append(Part(images_BCHW, augmentation, drawn.rows(rows), crop))
+        return tuple(parts)
+
+    def finish(self, prepared: Prepared, device: torch.device) -> tuple[Tensor, ...]:
+        """See `Dataset.finish`."""
+        return finish(prepared, device)
+
+    def views(
+        self,
+        indices_B: Tensor,
+        augmentations: Sequence[Augmentation],
+        generator: torch.Generator,
+        device: torch.device,
+        rows: slice = EVERY,
+    ) -> tuple[Tensor, ...]:
+        """See `Dataset.views`: as `augment` of the images on `device`, for one augmentation after the other."""
+        return finish(self.prepare(indices_B, augmentations, generator, rows), device)
+
+    def plain(self, part: str, indices_B: Tensor) -> Tensor:
+        """The images as they are: uint8 (B, C, H, W)."""
+        check_part(part)
+        return (self.train_images if part == "train" else self.test_images).index_select(0, indices_B)
 
 
 def image_data(

@@ -1,11 +1,13 @@
 """The image operations of the augmentations: every sample of a batch by its own parameters, no loops over samples.
 
-Shapes: B image, C channel, H row and W column of the input, S side of the output, N chosen image.
+Shapes: B image, C channel, H row and W column of the input (E pixel of either side), S side of the output,
+N chosen image.
 Images are float32 in [0, 1] unless said otherwise; parameters lie on the images' device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +18,13 @@ from torch.nn import functional as F
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601)."""
+
+
+def unit_range(images_BCHW: Tensor) -> Tensor:
+    """float32 in [0, 1] of uint8; floating images are taken to lie there already."""
+    if images_BCHW.dtype == torch.uint8:
+        return images_BCHW.float().div_(255)
+    return images_BCHW.float()
 
 
 def resized_crop(images_BCHW: Tensor, box_B4: Tensor, flip_B: Tensor, size: int) -> Tensor:
@@ -37,6 +46,46 @@ def resized_crop(images_BCHW: Tensor, box_B4: Tensor, flip_B: Tensor, size: int)
     grid_B2SS[:, 1] = y_BS[:, :, None]
     grid_BSS2 = grid_B2SS.permute(0, 2, 3, 1)
     return F.grid_sample(images_BCHW, grid_BSS2, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def bicubic_crop(images_BCHW: Tensor, box_B4: Tensor, flip_B: Tensor, size: int) -> Tensor:
+    """As `resized_crop`, by the cubic kernel of Keys (a = -1/2) as wide as a pixel of the coarser of the two grids.
+
+    So shrinking is low-passed, as Pillow does it; values are clipped to [0, 1], which the kernel may leave.
+    Each side is a matrix product with weights (B, S, H) that vanish outside of the box.
+    """
+    batch, channels, height, width = images_BCHW.shape
+    row_BSH = _cubic_weights(box_B4[:, 0], box_B4[:, 2], size, height)
+    column_BSW = _cubic_weights(box_B4[:, 1], box_B4[:, 3], size, width)
+    column_BSW = torch.where(flip_B[:, None, None], column_BSW.flip(1), column_BSW)
+    narrow_BHS = torch.bmm(images_BCHW.reshape(batch, channels * height, width), column_BSW.transpose(1, 2))
+    return (row_BSH[:, None] @ narrow_BHS.view(batch, channels, height, size)).clamp_(0, 1)
+
+
+def _cubic_weights(start_B: Tensor, length_B: Tensor, size: int, extent: int) -> Tensor:
+    """Weights (B, size, extent) of the pixels of one side, each row of sum 1.
+
+    Computed for the T pixels around each source alone: the kernel's support is 4 steps of the coarser grid,
+    at most extent / size pixels each. With d the distance in steps, a = max(2 - d, 0) and b = max(a - 1, 0)
+    the kernel is a^2 (a - 1) / 2 + b^2 (1 - 2 b).
+    """
+    step_B1 = length_B[:, None] / size
+    coarse_B1 = step_B1.clamp(min=1)
+    source_BS = (torch.arange(size, device=start_B.device) + 0.5) * step_B1 + start_B[:, None]
+    taps = min(extent, math.ceil(4 * max(1, extent / size)) + 1)
+    first_BS = (source_BS - 2 * coarse_B1 - 0.5).ceil_().clamp_(0, extent - taps)
+    pixel_BST = first_BS[:, :, None] + torch.arange(taps, device=start_B.device)
+    a_BST = pixel_BST - (source_BS[:, :, None] - 0.5)
+    a_BST.div_(coarse_B1[:, :, None]).abs_().neg_().add_(2).clamp_(min=0)
+    b_BST = a_BST - 1
+    weight_BST = a_BST.square_().mul_(b_BST).div_(2)
+    b_BST.clamp_(min=0)
+    weight_BST.addcmul_(b_BST.square(), 1 - 2 * b_BST)
+    last_B11 = (start_B + length_B - 1)[:, None, None]
+    weight_BST *= (pixel_BST >= start_B[:, None, None]) & (pixel_BST <= last_B11)
+    weight_BST /= weight_BST.sum(2, keepdim=True)
+    weight_BSE = torch.zeros(len(start_B), size, extent, device=start_B.device)
+    return weight_BSE.scatter_(2, pixel_BST.long(), weight_BST)
 
 
 def brightness_contrast_(images_BCHW: Tensor, brightness_B: Tensor, contrast_B: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
-"""`gradscope profile`, `gradscope merge` and `gradscope show`."""
+"""`gradscope profile` and `gradscope merge`; which task a folder of checkpoints gets."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import gradscope.cli.show as show
 from gradscope.cli.console import (
     DataFolder,
     Device,
@@ -20,7 +22,6 @@ from gradscope.cli.console import (
     note,
     open_device,
     override_grid,
-    table,
 )
 
 if TYPE_CHECKING:
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
 
     from gradscope.task import Task
 
+FOREIGN = "Checkpoints of other code bases"
 Cube = Annotated[Path, typer.Argument(help="A cube file.", envvar="GRADSCOPE_CUBE")]
 
 
 def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="The loop")(profile)
     app.command(rich_help_panel="Further")(merge)
-    app.command(rich_help_panel="Further")(show)
+    show.register(app)
 
 
 def profile(
@@ -106,6 +108,28 @@ def profile(
     group_size: Annotated[
         int, typer.Option(help="Strategies measured side by side with --samples-per-cell fixed or --only.")
     ] = 16,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads, which no tensor tells.", rich_help_panel=FOREIGN)
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Epochs of the whole run, where the files do not tell.", rich_help_panel=FOREIGN),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Profile under this loss with fresh heads, where the files hold a backbone alone.",
+            metavar="mocov3|simclr|dino",
+            rich_help_panel=FOREIGN,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images: a folder of pictures, or a name as for train.", rich_help_panel=FOREIGN),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels of the images; default: the checkpoints' own.", rich_help_panel=FOREIGN)
+    ] = None,
     seed: Seed = 0,
     data_folder: DataFolder = None,
     device: Device = "cpu",
@@ -135,7 +159,13 @@ def profile(
             metric=metric, tolerance=tolerance, estimator=estimator, precision=precision, accumulators=accumulators,
             group_size=group_size, checkpoints=None if checkpoints is None else parse_numbers(checkpoints),
         )  # fmt: skip
-        measured = open_task(task, ckpt_dir, data_folder, here)
+        foreign: dict[str, Any] = {
+            "heads": heads, "epochs": epochs, "loss": loss, "data": data, "image_size": image_size
+        }  # fmt: skip
+        measured = open_task(task, ckpt_dir, data_folder, here, foreign=foreign, seed=seed)
+        if ranks.first:
+            for line in found_lines(measured):
+                note(line)
         if grid is not None:
             measured.grid = override_grid(measured.grid, grid)
         if only:
@@ -159,6 +189,7 @@ def profile(
             "--batch-size": batch_size, "--seed": seed or None, "--data-folder": data_folder,
             "--estimator": estimator if estimator != "auto" else None,
             "--precision": precision if precision != "float32" else None,
+            **{f"--{name.replace('_', '-')}": value for name, value in foreign.items()},
         }  # fmt: skip
         given = [str(word) for item in words.items() if item[1] is not None for word in item]
         command = shlex.join(["gradscope", "profile", str(ckpt_dir), *given])
@@ -213,36 +244,40 @@ def merge(
     )
 
 
-def show(
-    file: Annotated[Path, typer.Argument(help="A cube, a schedule or a checkpoint.")], as_json: Json = False
-) -> None:
-    """What is in a file.
+def open_task(
+    name: str | None,
+    folder: Path,
+    data_folder: Path | None,
+    device: torch.device,
+    *,
+    foreign: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Task:
+    """The user's task `module:Class`, or the bundled one of the folder's checkpoints: our own, or another code base's.
 
-    gradscope show cube.nc
-    """
-    from gradscope.errors import UsageError
-
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file; give a cube (.nc), a schedule (.json) or a checkpoint (.pt)")
-    readers = {".nc": _show_cube, ".json": _show_schedule, ".pt": _show_checkpoint}
-    if file.suffix not in readers:
-        raise UsageError(f"{file}: not a kind of file this command knows ({', '.join(readers)})")
-    facts, lines = readers[file.suffix](file)
-    emit(facts, lines, as_json=as_json)
-
-
-def open_task(name: str | None, folder: Path, data_folder: Path | None, device: torch.device) -> Task:
-    """The user's task `module:Class`, or the bundled one of the folder's checkpoints.
-
-    Raises TaskError, CheckpointError.
+    `foreign`: options for the latter, as `ForeignTask.from_checkpoints` takes them, None where a command has none;
+    for others they are an error. `seed`: of heads that such checkpoints lack. Raises TaskError, CheckpointError,
+    UsageError.
     """
     import importlib
 
-    from gradscope.errors import TaskError
+    from gradscope.errors import TaskError, UsageError
+    from gradscope.foreign import ForeignTask, holds_foreign
     from gradscope.task import Task
     from gradscope.tasks import PretrainTask
     from schedulers import Grid
 
+    given = {option: value for option, value in (foreign or {}).items() if value is not None}
+    if name is None and holds_foreign(folder):
+        if foreign is None:
+            raise UsageError(f"{folder}: holds checkpoints of another code base, which only `gradscope profile` takes")
+        return ForeignTask.from_checkpoints(
+            folder, **{"data": None, **given}, data_folder=data_folder, seed=seed, device=device
+        )
+    if given:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        whose = f"the task {name}" if name else f"the checkpoints of {folder}"
+        raise UsageError(f"{option} is for checkpoints of other code bases; leave it out, {whose} needs it not")
     if name is None:
         return PretrainTask.from_folder(folder, data_folder=data_folder, device=device)
     module_name, colon, class_name = name.partition(":")
@@ -261,6 +296,15 @@ def open_task(name: str | None, folder: Path, data_folder: Path | None, device: 
     if not isinstance(getattr(made, "grid", None), Grid):
         raise TaskError(f"--task {name!r}: it has no `grid`; set it to a gradscope.Grid")
     return made
+
+
+def found_lines(task: Task) -> list[str]:
+    """What a task of foreign checkpoints is made of, and what to beware of; nothing for other tasks."""
+    from gradscope.foreign import ForeignTask
+
+    if not isinstance(task, ForeignTask):
+        return []
+    return [*(f"found: {line}" for line in task.lines), *(f"warning: {text}" for text in task.warnings)]
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -286,92 +330,3 @@ def untrained_note(attributes: Any, task: Task) -> list[str]:
         f"note: the checkpoints were never trained under {shown}; much of their bias is then mismatch that "
         "a few steps remove (a mixed pilot avoids it)"
     ]
-
-
-def _show_cube(file: Path) -> tuple[dict[str, Any], list[str]]:
-    from gradscope.cube import DONE, FAILED, grid_of, open_cube
-
-    cube = open_cube(file).dataset
-    grid, status = grid_of(cube), cube["status"].values
-    facts: dict[str, Any] = {
-        "kind": "cube", "progress": [float(p) for p in cube["progress"].values],
-        "axes": {name: list(values) for name, values in grid.axes.items()}, "reference": str(grid.reference),
-        "done": int((status == DONE).sum()), "failed": int((status == FAILED).sum()), "cells": int(status.size),
-        "batch_size": int(cube.attrs["batch_size"]), "samples": int(cube["n_samples"].max()),
-        "samples_least": int(cube["n_samples"].where(status == DONE).min()) if (status == DONE).any() else 0,
-        "estimator": cube.attrs.get("engine", ""), "units": float(cube.attrs.get("units", 0.0)),
-    }  # fmt: skip
-    lines = [
-        f"cube: {facts['done']} of {facts['cells']} cells done, {facts['failed']} failed; K "
-        f"{facts['batch_size']}, {facts['samples_least']} to {facts['samples']} samples per cell",
-        f"estimator {facts['estimator'] or 'unknown'}, {facts['units']:,.0f} units spent",
-    ]
-    lines += [f"progress: {', '.join(f'{p:.3g}' for p in cube['progress'].values)}"]
-    lines += [f"{name}: {', '.join(map(str, values))}" for name, values in grid.axes.items()]
-    return facts, [*lines, f"reference: {grid.reference}"]
-
-
-def _show_schedule(file: Path) -> tuple[dict[str, Any], list[str]]:
-    import json
-
-    from gradscope.cli.compare import mixture_text
-    from schedulers import load_schedule
-
-    plan = load_schedule(file)
-    columns = {
-        "fraction": [f"{stage.start:.2f}-{stage.end:.2f}" for stage in plan.stages],
-        "cost": [f"{stage.cost:.3f}" for stage in plan.stages],
-        "strategy": [mixture_text(stage) for stage in plan.stages],
-        "progress": ["" if s.progress is None else f"{s.progress[0]:.2f}-{s.progress[1]:.2f}" for s in plan.stages],
-        "best with": ["" if s.probability is None else f"{s.probability:.0%}" for s in plan.stages],
-        "else best": ["" if s.rival is None else str(s.rival) for s in plan.stages],
-        "regret": ["" if s.regret is None else f"{s.regret:.1%}" for s in plan.stages],
-    }
-    known = {name: column for name, column in columns.items() if any(column)}
-    rows = [[column[i] for column in known.values()] for i in range(len(plan.stages))]
-    lines = [
-        *table(list(known), rows),
-        *(line for name, value in plan.predicted.items() for line in _predicted_lines(name, value)),
-    ]
-    return {"kind": "schedule", **json.loads(plan.to_json())}, lines
-
-
-def _predicted_lines(name: str, value: Any) -> list[str]:
-    """One line, or one for each entry of a list of objects, as of `more_samples`."""
-    if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
-        return [f"predicted {name}: {_value_text(value)}"]
-    return [f"predicted {name}:", *(f"  {_value_text(entry)}" for entry in value)]
-
-
-def _value_text(value: Any) -> str:
-    """JSON, but an object's fields as `name value, name value`, and a strategy as people write it."""
-    import json
-
-    from schedulers import Strategy, UsageError
-
-    if not isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
-    texts = []
-    for name, inner in value.items():
-        try:
-            text = str(Strategy(inner)) if name == "strategy" and isinstance(inner, dict) else _value_text(inner)
-        except UsageError:  # edited by hand
-            text = _value_text(inner)
-        texts.append(f"{name} {text}")
-    return ", ".join(texts)
-
-
-def _show_checkpoint(file: Path) -> tuple[dict[str, Any], list[str]]:
-    from gradscope.checkpoints import load_checkpoint
-
-    content = load_checkpoint(file)
-    facts: dict[str, Any] = {
-        "kind": "checkpoint",
-        **{name: content[name] for name in ("step", "units", "samples", "seconds", "config")},
-    }
-    progress = content["units"] / content["config"]["budget"]
-    lines = [
-        f"checkpoint: step {content['step']:,}, {content['samples']:,} samples, {progress:.1%} of "
-        f"{content['config']['budget']:,.0f} units"
-    ]
-    return facts, [*lines, *(f"{name} = {value}" for name, value in content["config"].items())]

@@ -69,6 +69,20 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
+def list_steps(folder: Path) -> list[Path]:
+    """The `step-*.pt` files of a folder by step; none where there is no folder."""
+    found = folder.glob("step-*.pt") if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.stem)), key=_step_of)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files that a killed run left in its folder."""
+    written = r"(step-\d+\.pt|resume\.pt|log\.jsonl|config\.toml|\.log\.jsonl\.probe)"
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if re.fullmatch(rf"\.{written}\.\d+\.tmp|\.log\.jsonl\.probe", path.name):
+            path.unlink(missing_ok=True)
+
+
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The `step-*.pt` files of a run by step, with the progress they record.
 
@@ -77,12 +91,15 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder that `gradscope train --out` wrote")
     found = []
-    for path in sorted(folder.glob("step-*.pt")):
-        if re.fullmatch(r"step-\d+", path.stem):
-            content = load_checkpoint(path, mmap=True)
-            found.append(Checkpoint(path, content["step"], min(content["units"] / content["config"]["budget"], 1.0)))
+    for path in list_steps(folder):
+        content = load_checkpoint(path, mmap=True)
+        found.append(Checkpoint(path, content["step"], min(content["units"] / content["config"]["budget"], 1.0)))
     if not found:
         raise CheckpointError(
             f"{folder}: holds no checkpoint (step-*.pt); make some with `gradscope train --out {folder}`"
         )
     return found
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))

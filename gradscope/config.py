@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,39 +13,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradscope.data import Augmentation, ImageData, augment, load_data, mocov3_views
+from gradscope.data import Augmentation, Dataset, load_data, views_of
 from gradscope.errors import CheckpointError, UsageError
-from gradscope.methods import MoCoV3, MoCoV3Config
-from gradscope.models import VIT_SIZES
-from schedulers import METHOD_FORMULAS, Decay, Grid, Strategy, kept_tokens, patch_tokens
+from gradscope.methods import Method, MethodSettings, Part, new_method
+from gradscope.models import VIT_SIZES, VisionTransformer
+from gradscope.recipes import recipe
+from gradscope.setting_checks import check_settings
+from schedulers import Decay, Grid, Strategy, kept_tokens, patch_tokens, token_cost
 
-METHODS = ("mocov3",)
-PUBLISHED = {"lr": 1.5e-4, "head_hidden": 4096, "head_width": 256}  # MoCo-v3's for ViT-S and ViT-B
+SMALL_SHARE = 96 / 224  # side of DINO's small crops over that of the image
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that fixes a run besides its schedule; plain values, kept in every checkpoint.
 
-    `budget` is in units. `patch` is the base patch in pixels: with dropout 0 it is the reference.
-    `patches` and `dropouts` span the grid of strategies, for mixed runs and as the profile's default.
-    `lr` is the learning rate at a batch of 256, scaled linearly with the batch. `warmup` is a fraction of
-    the budget. `checkpoints` and `evaluations` are fractions of the budget. The recipe's constants
-    (weight decay, temperature, momentum, frozen patch embedding) default to MoCo-v3's; learning rate, batch
-    and heads to what suits the demo's small model (the rate is tuned for its unaccelerated run). For the
-    published sizes start from `for_model`.
+    The defaults are the demo's: MoCo-v3's constants, with a learning rate, batch and heads that suit its small model
+    (the rate is tuned for its unaccelerated run). `for_run` starts from the published recipe of a method and model.
+
+    - `budget` in units. `method`: mocov3, simclr, dino. `data`: a name, or the path of an image folder, whose images
+      are cut to `image_size` pixels (0: the data's own size, 224 for a folder).
+    - `model`: demo, tiny, small, base; `width`, `depth`, `heads` and `mlp_ratio` where they are to be others than the
+      model's own (0); `positions`: sincos or learned; `drop_path`: share of skipped branches in the last block. `patch`: the base patch in pixels; with dropout 0 it is
+      the reference. `patches` and `dropouts` span the grid of strategies, for mixed runs and as the profile's default;
+      no patches: all from the base patch to three times it that divide the image.
+    - `batch_size`: samples of a step, over all ranks; `accumulate`: passes it is divided into, on every rank;
+      `precision`: float32, or bf16 for autocast.
+    - `lr`: learning rate at a batch of 256, scaled linearly with the batch; after `warmup`, a fraction of the budget,
+      it follows `decay` to `lr_end`, which is not scaled. `weight_decay` goes to `weight_decay_end` along half a cosine
+      (negative: constant), on biases and other one-dimensional parameters only if `decay_biases`. `betas` are Adam's;
+      `clip`: largest norm of each parameter's gradient (0: none).
+    - `head_hidden`, `head_width`: widths of the heads' layers and output; `temperature`; `momentum` of the key encoder
+      or teacher at the start; `freeze_patch_embed`: the patch embedding stays a random projection.
+    - DINO: `prototypes`, `fixed_norm`, `teacher_temperature` (from `teacher_temperature_start` over
+      `teacher_temperature_warmup` of the budget), `centre_momentum`, `freeze_last_layer` (fraction of the budget),
+      `small_crops` of `small_size` pixels (0: 96/224 of the image, to the nearest multiple of the patch).
+    - `crop_scale`, `small_scale`: share of the image that a crop shows, as (least, most); () is the method's own.
+    - `checkpoints` and `evaluations` are fractions of the budget.
     """
 
     budget: float
     method: str = "mocov3"
     data: str = "fashion-mnist-10k"
+    image_size: int = 0
     model: str = "demo"
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    mlp_ratio: float = 0.0
+    positions: str = "sincos"
+    drop_path: float = 0.0
     patch: int = 2
     patches: tuple[int, ...] = (2, 4, 7)
     dropouts: tuple[float, ...] = (0.0, 0.25, 0.5)
     batch_size: int = 64
+    accumulate: int = 1
+    precision: str = "float32"
     lr: float = 4e-3
+    lr_end: float = 0.0
     weight_decay: float = 0.1
+    weight_decay_end: float = -1.0
+    decay_biases: bool = True
+    betas: tuple[float, ...] = (0.9, 0.999)
+    clip: float = 0.0
     warmup: float = 0.1
     decay: str = "cosine"
     decay_alpha: float = 2.0
@@ -53,34 +84,48 @@ class TrainConfig:
     temperature: float = 0.2
     momentum: float = 0.99
     freeze_patch_embed: bool = True
+    prototypes: int = 65536
+    fixed_norm: bool = True
+    teacher_temperature: float = 0.04
+    teacher_temperature_start: float = 0.04
+    teacher_temperature_warmup: float = 0.0
+    centre_momentum: float = 0.9
+    freeze_last_layer: float = 0.0
+    small_crops: int = 0
+    small_size: int = 0
+    crop_scale: tuple[float, ...] = ()
+    small_scale: tuple[float, ...] = ()
     checkpoints: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     evaluations: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), self.__annotations__[field.name])
-        if self.method not in METHODS:
-            known = ", ".join(METHODS)
-            extra = " (its costs are known, its training is not)" if self.method in METHOD_FORMULAS else ""
-            raise UsageError(f"method {self.method!r} cannot be trained{extra}; the methods are {known}")
-        if self.model not in VIT_SIZES:
-            raise UsageError(f"unknown model {self.model!r}; the models are {', '.join(VIT_SIZES)}")
-        if not self.budget > 0:
-            raise UsageError(f"budget {self.budget!r} must be a positive number of units, such as 300K")
-        for name, low in (("batch_size", 2), ("head_hidden", 1), ("head_width", 1), ("patch", 1)):
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be at least {low}")
-        for name in ("lr", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be positive")
-        if self.weight_decay < 0:
-            raise UsageError(f"weight_decay is {self.weight_decay!r}; it must be at least 0")
-        for name in ("checkpoints", "evaluations", "momentum"):
-            values = getattr(self, name)
-            if any(not 0 <= point <= 1 for point in (values if isinstance(values, tuple) else (values,))):
-                raise UsageError(f"{name}: {values} must lie in [0, 1]")
-        Decay(kind=self.decay, alpha=self.decay_alpha, warmup=self.warmup)
+        check_settings(self)
+
+    def learning_rate(self, fraction: float) -> float:
+        """The learning rate at a fraction of the budget."""
+        base, factor = self.lr * self.batch_size / 256, self.learning_rate_decay.factor(fraction)
+        if fraction < self.warmup:
+            return base * factor
+        return self.lr_end + (base - self.lr_end) * factor
+
+    def weight_decay_at(self, fraction: float) -> float:
+        """The weight decay at a fraction of the budget."""
+        if self.weight_decay_end < 0:
+            return self.weight_decay
+        turn = (1 - math.cos(math.pi * min(fraction, 1.0))) / 2
+        return self.weight_decay + (self.weight_decay_end - self.weight_decay) * turn
+
+    def small_crop_size(self, image_size: int) -> int:
+        """Pixels of DINO's small crops: as set, else 96/224 of the image, to the nearest multiple of the patch."""
+        return self.small_size or self.patch * max(1, round(image_size * SMALL_SHARE / self.patch))
+
+    def cost(self, image_size: int, strategy: Strategy) -> float:
+        """Units per sample of a strategy on images of `image_size` pixels (design section 5)."""
+        small = 0
+        if self.small_crops:
+            small = patch_tokens(self.small_crop_size(image_size), self.patch) + 1
+        return token_cost(self.method, image_size, self.patch, strategy, small=small, crops=self.small_crops)
 
     @property
     def learning_rate_decay(self) -> Decay:
@@ -95,7 +140,8 @@ class TrainConfig:
 
         Raises UsageError for a patch that does not divide the image or a dropout that keeps nothing.
         """
-        patches = tuple(sorted({self.patch, *self.patches}))
+        wide = range(self.patch, min(3 * self.patch, image_size) + 1)
+        patches = tuple(sorted({self.patch, *(self.patches or (p for p in wide if image_size % p == 0))}))
         dropouts = tuple(sorted({0.0, *self.dropouts}))
         for patch in patches:
             for dropout in dropouts:
@@ -103,12 +149,17 @@ class TrainConfig:
         return Grid({"patch": patches, "dropout": dropouts}, self.reference, {"patch": "pixel"})
 
     @classmethod
-    def for_model(cls, model: str, **values: Any) -> TrainConfig:
-        """A configuration whose defaults suit `model`: the published learning rate and heads for all but the demo's."""
-        return cls(model=model, **{**({} if model == "demo" else PUBLISHED), **values})
+    def for_run(cls, method: str, model: str, **values: Any) -> TrainConfig:
+        """A configuration whose defaults are the recipe of `method` on `model` (`gradscope.recipes`)."""
+        return cls(**{**recipe(method, model), "method": method, "model": model, **values})
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def non_defaults(self) -> dict[str, Any]:
+        """The settings that are not their defaults: the same for a run when later versions have more settings."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {name: v for name, v in self.to_dict().items() if getattr(self, name) != defaults[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> TrainConfig:
@@ -120,25 +171,14 @@ class TrainConfig:
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
+    def to_toml(self, **others: str) -> str:
+        """A [train] table that `gradscope --config FILE train` reads, with `others` before the settings."""
+        lines = [f"{name} = {json.dumps(value)}" for name, value in {**others, **self.to_dict()}.items()]
+        return "\n".join(["[train]", *lines, ""])
+
     def changed(self, other: TrainConfig) -> list[str]:
         """Names of the settings in which two configurations differ."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(other, f.name)]
-
-
-def _check_type(name: str, value: object, annotation: str) -> None:
-    """Raise UsageError unless `value` is what the annotation of a setting says; a whole number counts as a float."""
-    inner = annotation.removeprefix("tuple[").removesuffix(", ...]")
-    kinds: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,)}
-    items = value if inner != annotation and isinstance(value, tuple) else (value,)
-    right = inner == annotation or isinstance(value, tuple)
-    for item in items:
-        finite = not isinstance(item, float) or math.isfinite(item)
-        right = right and isinstance(item, kinds[inner]) and finite and (inner == "bool" or not isinstance(item, bool))
-    if not right:
-        words = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "True or False"}
-        raise UsageError(
-            f"{name} is {value!r}; it must be {'several of: ' if inner != annotation else ''}{words[inner]}"
-        )
 
 
 @dataclass(frozen=True)
@@ -146,46 +186,76 @@ class Setting:
     """A configuration with the data it names: what training and profiling need of it."""
 
     config: TrainConfig
-    data: ImageData
+    data: Dataset
     augmentations: tuple[Augmentation, ...]
 
     @property
     def image_size(self) -> int:
-        return int(self.data.train_images.shape[-1])
+        return self.data.image_size
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.data.train_images) // self.config.batch_size
+        return self.data.train_count // self.config.batch_size
 
-    def new_model(self) -> MoCoV3:
+    def new_model(self) -> Method:
         """A freshly initialised method module, from the configuration's seed; torch's own stream is left alone."""
         config = self.config
-        method = MoCoV3Config(
-            temperature=config.temperature,
-            momentum=config.momentum,
-            head_hidden=config.head_hidden,
-            head_width=config.head_width,
-            freeze_patch_embed=config.freeze_patch_embed,
-        )
+        own = {name: getattr(config, name) for name in ("width", "depth", "heads", "mlp_ratio")}
+        size = dataclasses.replace(VIT_SIZES[config.model], **{name: value for name, value in own.items() if value})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return MoCoV3(
-                method,
-                VIT_SIZES[config.model],
+            backbone = VisionTransformer(
+                size,
                 image_size=self.image_size,
                 patch=config.patch,
-                channels=int(self.data.train_images.shape[1]),
+                channels=self.data.channels,
+                positions=config.positions,
+                drop_path=config.drop_path,
             )
+            settings = MethodSettings(
+                hidden=config.head_hidden,
+                width=config.head_width,
+                temperature=config.temperature,
+                momentum=config.momentum,
+                freeze_patch_embed=config.freeze_patch_embed,
+                prototypes=config.prototypes,
+                fixed_norm=config.fixed_norm,
+                teacher_temperature=config.teacher_temperature,
+                teacher_temperature_start=config.teacher_temperature_start,
+                teacher_temperature_warmup=config.teacher_temperature_warmup,
+                centre_momentum=config.centre_momentum,
+                small_crops=config.small_crops,
+                small_size=config.small_crop_size(self.image_size),
+                freeze_last_layer=config.freeze_last_layer,
+            )
+            return new_method(config.method, backbone, settings)
 
-    def views(self, indices: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
-        """Augmented views of training images `indices` (B): one (B, C, S, S) float tensor per view, on `device`."""
-        images_BCSS = self.data.train_images[indices].to(device)
-        return tuple(augment(images_BCSS, augmentation, generator) for augmentation in self.augmentations)
+    def cost(self, strategy: Strategy) -> float:
+        """Units per sample of a strategy."""
+        return self.config.cost(self.image_size, strategy)
+
+    def prepare(self, indices_B: Tensor, generator: torch.Generator, part: Part | None = None) -> Any:
+        """The part of making views that runs on the CPU, in any thread; `finish` does the rest."""
+        rows = slice(None) if part is None else part.rows
+        return self.data.prepare(indices_B, self.augmentations, generator, rows)
+
+    def finish(self, prepared: Any, device: torch.device) -> tuple[Tensor, ...]:
+        """One (B, C, S, S) float tensor per view, on `device`."""
+        return self.data.finish(prepared, device)
+
+    def views(
+        self, indices_B: Tensor, generator: torch.Generator, device: torch.device, part: Part | None = None
+    ) -> tuple[Tensor, ...]:
+        """Augmented views of training images `indices_B`: one (B, C, S, S) float tensor per view, on `device`.
+
+        Of `part` of the batch alone, where one is given, the same views as the whole batch has there.
+        """
+        return self.finish(self.prepare(indices_B, generator, part), device)
 
     def shuffled(self, epoch: int, seed: int) -> Tensor:
         """A permutation of the training images (N), a function of epoch and seed alone."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.data.train_images), generator=generator)
+        return torch.randperm(self.data.train_count, generator=generator)
 
 
 def open_setting(config: TrainConfig, data_folder: Path | None = None) -> Setting:
@@ -193,14 +263,27 @@ def open_setting(config: TrainConfig, data_folder: Path | None = None) -> Settin
 
     Raises DataError when it is not found, UsageError when the batch is larger than it.
     """
-    data = load_data(config.data, data_folder)
-    if config.batch_size > len(data.train_images):
+    data = load_data(config.data, data_folder, image_size=config.image_size or None)
+    if config.batch_size > data.train_count:
         raise UsageError(
-            f"batch_size {config.batch_size} is larger than the {len(data.train_images)} images of {config.data}"
+            f"batch_size {config.batch_size} is larger than the {data.train_count} images of {config.data}"
         )
-    size, channels = int(data.train_images.shape[-1]), int(data.train_images.shape[1])
-    config.grid(size)
-    return Setting(config, data, mocov3_views(size, data.mean, data.std, channels))
+    config.grid(data.image_size)
+    small = config.small_crop_size(data.image_size) if config.small_crops else None
+    if small is not None:
+        patch_tokens(small, config.patch)  # refuses crops that the patch does not divide
+    augmentations = views_of(
+        config.method,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        channels=data.channels,
+        crop_scale=_pair(config.crop_scale),
+        small_size=small,
+        small_count=config.small_crops,
+        small_scale=_pair(config.small_scale),
+    )
+    return Setting(config, data, augmentations)
 
 
 def config_of(checkpoint: Mapping[str, Any], path: Path) -> TrainConfig:
@@ -209,3 +292,7 @@ def config_of(checkpoint: Mapping[str, Any], path: Path) -> TrainConfig:
         return TrainConfig.from_dict(checkpoint["config"], source=str(path))
     except (UsageError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration is not understood ({error})") from error
+
+
+def _pair(scale: tuple[float, ...]) -> tuple[float, float] | None:
+    return (scale[0], scale[1]) if scale else None

@@ -19,9 +19,10 @@ from gradscope.profile_options import ProfileOptions
 from gradscope.profiler import profile
 from gradscope.progress import Progress
 from gradscope.report import write_report
+from gradscope.runlog import read_log
 from gradscope.tasks import PretrainTask
-from gradscope.trainer import TrainResult, read_log, train
-from schedulers import constant_schedule, format_count, mixed_schedule, optimize, save_schedule, token_cost
+from gradscope.trainer import TrainResult, train
+from schedulers import constant_schedule, format_count, mixed_schedule, optimize, save_schedule
 from schedulers.uncertainty import DRAWS
 
 BUDGET = 120e3
@@ -95,14 +96,11 @@ def run_demo(
     setting = open_setting(config, data_folder)
     strategies = config.grid(setting.image_size).strategies()
 
-    def cost(strategy: Any) -> float:
-        return token_cost(config.method, setting.image_size, config.patch, strategy)
-
     def trained(name: str, title: str, schedule: Any) -> TrainResult:
         with Progress(title, quiet=quiet) as progress:
             return train(setting, schedule, out / name, device=device, report=progress.update)
 
-    pilot = trained(PILOT, "1/4 pilot", mixed_schedule(strategies, [cost(s) for s in strategies]))
+    pilot = trained(PILOT, "1/4 pilot", mixed_schedule(strategies, [setting.cost(s) for s in strategies]))
     with Progress("2/4 profile", quiet=quiet) as progress:
         tree, _ = profile(
             PretrainTask(setting, device=device),
@@ -114,7 +112,7 @@ def run_demo(
     schedule = optimize(profile_of(tree.dataset), budget, draws=DRAWS)
     save_schedule(schedule, out / "schedule.json")
     optimized = trained(OPTIMIZED, "3/4 optimized", schedule)
-    plain = trained(PLAIN, "4/4 none", constant_schedule(config.reference, cost(config.reference)))
+    plain = trained(PLAIN, "4/4 none", constant_schedule(config.reference, setting.cost(config.reference)))
 
     results = {"no acceleration": plain, "mixed pilot": pilot, "optimized schedule": optimized}
     rows = tuple(DemoRow(name, budget, r.samples, r.seconds, _known(r.accuracy)) for name, r in results.items())

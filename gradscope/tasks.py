@@ -14,20 +14,19 @@ from gradscope.checkpoints import list_checkpoints, load_checkpoint
 from gradscope.config import Setting, config_of, open_setting
 from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, UsageError
-from gradscope.methods import MoCoV3
+from gradscope.methods import METHODS, Method
 from gradscope.pilot import stages_json
+from gradscope.stepper import second_moments
 from gradscope.task import Checkpoint, Task
-from schedulers import Grid, Schedule, Strategy, paper_cost, token_cost, token_counts
+from schedulers import Grid, Schedule, Strategy, TokenCounts, paper_cost, patch_tokens, token_counts
 
 
 class PretrainTask(Task):
     """A bundled method on its training data, as its checkpoints' configuration describes it.
 
-    `grid` and `batch_size` default to the run's own. The momentum encoder is not updated: the loss is
-    called as training calls it, without the update that stands beside it.
+    `grid` and `batch_size` default to the run's own. Momentum encoder, teacher and centre are not moved: the loss is
+    called as training calls it, without the updates that stand beside it.
     """
-
-    independent_terms = False  # the queries of a batch share their negatives
 
     def __init__(
         self,
@@ -41,7 +40,9 @@ class PretrainTask(Task):
         self.grid = grid or setting.config.grid(setting.image_size)
         self.batch_size = batch_size or setting.config.batch_size
         self.device = device or torch.device("cpu")
-        self._keys = _PerBatch()
+        self.independent_terms = METHODS[setting.config.method].independent_terms
+        self.fraction = 1.0  # of the budget, at which the loaded model stood
+        self._targets = _PerBatch()
 
     @classmethod
     def from_folder(
@@ -62,8 +63,9 @@ class PretrainTask(Task):
         return cls(open_setting(configs[0], data_folder), device=device)
 
     def load(self, checkpoint: Path) -> nn.Module:
-        self._keys = _PerBatch()  # another model gives other keys
+        self._targets = _PerBatch()  # another model gives other targets
         content = load_checkpoint(checkpoint)
+        self.fraction = min(content["units"] / self.setting.config.budget, 1.0)
         model = self.setting.new_model()
         model.load_state_dict(content["model"])
         return model.to(self.device).train()
@@ -76,7 +78,7 @@ class PretrainTask(Task):
         if type(self).batches is not PretrainTask.batches:  # a subclass has data of its own
             yield from super().sub_batches(size, seed, first, every)
             return
-        images = len(self.setting.data.train_images)
+        images = self.setting.data.train_count
         if size > images:
             raise UsageError(f"sub-batches of {size} samples: {self.setting.config.data} has only {images}")
         per_epoch, epoch, order_N = images // size, -1, torch.empty(0)
@@ -96,47 +98,49 @@ class PretrainTask(Task):
     def sample_losses(
         self, model: nn.Module, batch: tuple[Tensor, ...], strategy: Strategy, generator: torch.Generator
     ) -> Tensor:
-        """One term per query. MoCo-v3's heads hold BatchNorm, which couples them: no per-sample engine takes them."""
-        assert isinstance(model, MoCoV3)
-        patch = int(strategy.number("patch"))
-        state = next(model.momentum_backbone.parameters())._version  # keys of a moved encoder are others
-        key_BF = self._keys.of(batch[1], (patch, state), lambda: model.keys(batch[1], patch))
-        return model.losses((batch[0], batch[1]), strategy, generator, key_BF=key_BF)
+        """One term per image. BatchNorm (MoCo-v3, SimCLR) couples them, so no per-sample engine takes those."""
+        assert isinstance(model, Method)
+        versions = tuple(p._version for p in model.parameters() if not p.requires_grad)  # of a moved encoder
+        key = (model.target_key(strategy), versions)
+        targets = self._targets.of(batch[1], key, lambda: model.targets(batch, strategy))
+        return model.losses(batch, strategy, generator, targets=targets, fraction=self.fraction)
 
     def shared_costs(self, strategy: Strategy) -> Mapping[str, float]:
-        """The key's pass, which all strategies of one patch size share (the key drops no tokens)."""
-        counts = token_counts(self.setting.image_size, self.setting.config.patch, strategy)
-        return {f"key patch={strategy['patch']}": counts.key / counts.base}
+        """The pass of the key encoder or teacher, which all strategies with equal targets share."""
+        config = self.setting.config
+        if config.method == "simclr":
+            return {}
+        counts = self._counts(strategy)
+        shared = f"key patch={strategy['patch']}" if config.method == "mocov3" else "key"
+        return {shared: counts.key / counts.base}
 
     def cost(self, strategy: Strategy) -> float:
-        return token_cost(self.setting.config.method, self.setting.image_size, self.setting.config.patch, strategy)
+        return self.setting.cost(strategy)
 
     def other_costs(self, strategy: Strategy) -> Mapping[str, float]:
-        config = self.setting.config
-        return {"paper": paper_cost(config.method, self.setting.image_size, config.patch, strategy)}
+        config, size = self.setting.config, self.setting.image_size
+        small = patch_tokens(config.small_crop_size(size), config.patch) + 1 if config.small_crops else 0
+        return {"paper": paper_cost(config.method, size, config.patch, strategy, small=small, crops=config.small_crops)}
 
     def tokens(self, strategy: Strategy) -> Mapping[str, int]:
-        counts = token_counts(self.setting.image_size, self.setting.config.patch, strategy)
+        counts = self._counts(strategy)
         return {"query": counts.query, "key": counts.key}
+
+    def _counts(self, strategy: Strategy) -> TokenCounts:
+        config = self.setting.config
+        return token_counts(self.setting.image_size, config.patch, strategy, method=config.method)
 
     def checkpoints(self, folder: Path) -> Sequence[Checkpoint]:
         return list_checkpoints(folder)
 
     def second_moment(self, checkpoint: Path, model: nn.Module) -> Mapping[str, Tensor] | None:
         """Adam's v / (1 - beta2^t) as the checkpoint's optimizer holds it; None before the first step."""
-        content = load_checkpoint(checkpoint)
-        states, beta2 = content["optimizer"]["state"], content["optimizer"]["param_groups"][0]["betas"][1]
-        if not states:
-            return None
-        return {
-            name: states[i]["exp_avg_sq"].to(self.device) / (1 - beta2 ** float(states[i]["step"]))
-            for i, name in enumerate(content["parameter_names"])
-        }
+        return second_moments(load_checkpoint(checkpoint), self.device)
 
     def describe(self) -> Mapping[str, Any]:
         return {
             "task": "gradscope.tasks:PretrainTask",
-            "config": self.setting.config.to_dict(),
+            "config": self.setting.config.non_defaults(),
             "data": self.setting.data.digest,
         }
 
@@ -160,9 +164,9 @@ class _PerBatch:
 
     def __init__(self) -> None:
         self._batch: Tensor | None = None
-        self._values: dict[Hashable, Tensor] = {}
+        self._values: dict[Hashable, Tensor | None] = {}
 
-    def of(self, batch: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def of(self, batch: Tensor, key: Hashable, compute: Callable[[], Tensor | None]) -> Tensor | None:
         if batch is not self._batch:
             self._batch, self._values = batch, {}
         if key not in self._values:

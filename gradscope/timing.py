@@ -184,8 +184,8 @@ class SyntheticTask(PretrainTask):
         batch_size: int = 64,
         device: torch.device | None = None,
     ) -> None:
-        config = TrainConfig.for_model(
-            model, method=method, budget=1.0, patch=int(grid.reference.number("patch")), batch_size=batch_size
+        config = TrainConfig.for_run(
+            method, model, budget=1.0, patch=int(grid.reference.number("patch")), batch_size=batch_size
         )
         blank = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
         blank[0] = 1  # statistics of images that are all the same are refused
@@ -201,10 +201,12 @@ class SyntheticTask(PretrainTask):
         return self.setting.new_model().to(self.device).train()
 
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
-        """Two views of standard normal numbers each, (size, 3, S, S)."""
-        generator, side = torch.Generator().manual_seed(seed), self.setting.image_size
+        """The method's views, of standard normal numbers, each (size, 3, S, S)."""
+        generator, config = torch.Generator().manual_seed(seed), self.setting.config
+        side = self.setting.image_size
+        sides = [side, side, *[config.small_crop_size(side)] * config.small_crops]
         while True:
-            yield tuple(torch.randn(size, 3, side, side, generator=generator).to(self.device) for _ in range(2))
+            yield tuple(torch.randn(size, 3, s, s, generator=generator).to(self.device) for s in sides)
 
 
 class _Steps:

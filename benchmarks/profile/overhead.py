@@ -151,8 +151,8 @@ class RecordingTask(PretrainTask):
 
 def open_task(case: Case, device: torch.device, clock: str = "wall") -> RecordingTask:
     """The case's task; images of other sizes than the demo's are a stand-in, for the views are not made of them."""
-    config = TrainConfig.for_model(
-        case.model, budget=1e6, patch=case.patches[0], patches=case.patches, dropouts=case.dropouts,
+    config = TrainConfig.for_run(
+        "mocov3", case.model, budget=1e6, patch=case.patches[0], patches=case.patches, dropouts=case.dropouts,
         batch_size=case.batch_size,
     )  # fmt: skip
     if case.model == "demo":

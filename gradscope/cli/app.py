@@ -16,10 +16,12 @@ import typer
 
 import gradscope.cli.compare as compare
 import gradscope.cli.cost as cost
+import gradscope.cli.evaluate as evaluate
 import gradscope.cli.measure as measure
 import gradscope.cli.optimize as optimize
 import gradscope.cli.training as training
 import gradscope.cli.view as view
+from gradscope.cli.console import SETTINGS
 
 CONFIG_FILE = "gradscope.toml"
 
@@ -32,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GRADSCOPE"},
 )
-for module in (view, training, measure, optimize, compare, cost):
+for module in (view, training, evaluate, measure, optimize, compare, cost):
     module.register(app)
 
 
@@ -97,6 +99,8 @@ def _defaults(path: Path, context: typer.Context) -> dict[str, Any]:
             for parameter in commands[name].params
             for option in parameter.opts
         }
+        if name == "train":
+            context.meta[SETTINGS] = _take_settings(table, spelled)
         for key in list(table):
             if key.replace("-", "_") not in spelled:
                 known = ", ".join(spelled)
@@ -105,3 +109,14 @@ def _defaults(path: Path, context: typer.Context) -> dict[str, Any]:
                 )
             table[spelled[key.replace("-", "_")]] = table.pop(key)
     return tables
+
+
+def _take_settings(table: dict[str, Any], spelled: dict[str, str | None]) -> dict[str, Any]:
+    """Take out of a [train] table the settings that have no option of their own."""
+    others = [key for key in table if key.replace("-", "_") not in spelled]
+    if not others:
+        return {}
+    from gradscope.config import TrainConfig
+
+    known = set(TrainConfig.__dataclass_fields__)
+    return {key.replace("-", "_"): table.pop(key) for key in others if key.replace("-", "_") in known}

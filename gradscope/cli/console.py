@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from schedulers import Grid, Strategy
 
 
+SETTINGS = "gradscope.settings"
+"""Where a click context keeps the settings of a TOML file's [train] table that have no option of their own."""
+
+
 def parse_units(text: str | float) -> float:
     """An option's value such as `100M`, as units; typer turns the error into usage and exit code 2."""
     from schedulers.counts import parse_count

@@ -34,7 +34,7 @@ def few_images() -> ImageData:
 @pytest.fixture
 def small_data(few_images: ImageData, monkeypatch: pytest.MonkeyPatch) -> ImageData:
     """Everything that opens a data set gets 192 + 48 images."""
-    monkeypatch.setattr(gradscope.config, "load_data", lambda name, folder=None: few_images)
+    monkeypatch.setattr(gradscope.config, "load_data", lambda name, folder=None, image_size=None: few_images)
     return few_images
 
 
@@ -58,7 +58,7 @@ def make_setting(small_data: ImageData) -> Callable[..., Setting]:
 @pytest.fixture
 def small_run(make_setting: Callable[..., Setting], tmp_path: Path) -> Path:
     """A folder with five checkpoints of a short mixed run."""
-    from gradscope.cli.training import make_schedule
+    from gradscope.cli.run_settings import make_schedule
     from gradscope.trainer import train
 
     setting = make_setting()

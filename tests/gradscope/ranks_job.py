@@ -27,7 +27,10 @@ from tests.gradscope.tasks_for_tests import LineTask
 
 PATIENCE = 240.0  # seconds that a job may take on a machine that does other things, too
 TROUBLE = "TROUBLE_FOR_TESTS"  # kind:step:sub-batch
-PRELOADED = ("gradscope.cli", "gradscope.profiler", "gradscope.tasks", "torch.distributed.rendezvous", "h5netcdf")
+PRELOADED = (
+    "gradscope.cli", "gradscope.profiler", "gradscope.tasks", "gradscope.trainer", "torch._dynamo",
+    "torch.distributed.rendezvous", "h5netcdf",
+)  # fmt: skip
 
 
 class TroubledTask(LineTask):

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gradscope.cli.app import app
-from gradscope.cli.training import make_schedule
+from gradscope.cli.run_settings import make_schedule
 from gradscope.config import Setting
 from gradscope.errors import UsageError
 from gradscope.trainer import read_log, train

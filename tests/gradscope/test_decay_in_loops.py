@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gradscope import Decay, Schedule, Strategy
-from gradscope.cli.training import make_schedule
+from gradscope.cli.run_settings import make_schedule
 from gradscope.config import Setting
 from gradscope.trainer import read_log, train
 from schedulers import Stage

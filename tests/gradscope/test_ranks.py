@@ -124,7 +124,7 @@ def test_a_killed_rank_ends_the_job_and_other_ranks_complete_it(
     assert [rank.code for rank in ended] == [1, -signal.SIGKILL]
     message = the_message(ended)
     assert message.startswith("error: another rank of this job has ended before its time (")
-    assert message.endswith("finished cells are saved, run the same command again to continue, on any number of ranks")
+    assert message.endswith("what is finished is saved, run the same command again to continue, on any number of ranks")
     left = open_cube(out)["status"]
     assert (left.isel(progress=0) == DONE).all() and (left.isel(progress=slice(1, None)) == PENDING).all()
     assert_done(ended := measure(others, folder, out, *FIXED, "--json"))

@@ -6,7 +6,11 @@ import dataclasses
 import itertools
 import json
 import math
+import random
+import shutil
 import signal
+import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,13 +18,15 @@ import pytest
 import torch
 
 from gradscope.checkpoints import list_checkpoints, load_checkpoint
-from gradscope.cli.training import make_schedule
+from gradscope.cli.run_settings import make_schedule
 from gradscope.config import Setting, TrainConfig
 from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, InfeasibleError, Interrupted, UsageError
-from gradscope.evaluation import extract_features, finetune_accuracy, knn_accuracy, linear_accuracy
-from gradscope.trainer import load_run, read_log, train
+from gradscope.evaluation import extract_features
+from gradscope.trainer import RunOptions, load_run, read_log, train
 from schedulers import Strategy, in_costs
+from tests.gradscope.small_methods import SmallSetting, random_data, small_setting
+from tests.gradscope.train_ranks_job import run_function, train_until_killed
 
 Make = Callable[..., Setting]
 
@@ -140,8 +146,13 @@ def test_a_budget_below_one_step_names_the_smallest(make_setting: Make, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "byol"}, "method 'byol' cannot be trained; the methods are mocov3"),
-        ({"model": "huge"}, "unknown model 'huge'"),
+        ({"method": "byol"}, "method is 'byol'; it must be one of mocov3, simclr, dino"),
+        ({"model": "huge"}, "model is 'huge'; it must be one of demo, tiny, small, base"),
+        ({"precision": "fp16"}, "precision is 'fp16'; it must be one of float32, bf16"),
+        ({"small_crops": 2}, "small_crops is 2; only dino has it, not mocov3"),
+        ({"betas": (0.9,)}, "betas: .* must be two numbers"),
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale: .* must be the least and the most share"),
+        ({"drop_path": 1.0}, "drop_path is 1.0"),
         ({"batch_size": 1}, "batch_size is 1"),
         ({"batch_size": 500}, "larger than the 192 images"),
         ({"patches": (5,)}, "patch=5 does not divide image_size=28"),
@@ -158,43 +169,6 @@ def test_configuration_round_trip(make_setting: Make) -> None:
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(UsageError, match="unknown setting 'momentun'"):
         TrainConfig.from_dict({"budget": 1.0, "momentun": 0.9})
-
-
-def test_knn_is_a_weighted_vote_of_the_nearest() -> None:
-    generator = torch.Generator().manual_seed(0)
-    train_ND, test_MD = torch.randn(40, 6, generator=generator), torch.randn(15, 6, generator=generator)
-    labels_N, labels_M = (
-        torch.randint(0, 3, (40,), generator=generator),
-        torch.randint(0, 3, (15,), generator=generator),
-    )
-    right = 0
-    for x, label in zip(test_MD, labels_M, strict=True):
-        cosine = [float(torch.cosine_similarity(x, t, dim=0)) for t in train_ND]
-        nearest = sorted(range(40), key=lambda i: -cosine[i])[:7]
-        votes = [
-            sum(torch.tensor(cosine[i] / 0.07).exp().item() for i in nearest if labels_N[i] == c) for c in range(3)
-        ]
-        right += votes.index(max(votes)) == label
-    assert knn_accuracy(train_ND, labels_N, test_MD, labels_M, k=7) == pytest.approx(right / 15)
-    with pytest.raises(UsageError, match="k=41 neighbours"):
-        knn_accuracy(train_ND, labels_N, test_MD, labels_M, k=41)
-
-
-def test_linear_probe_separates_what_is_separable() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(90) % 3
-    features = torch.nn.functional.one_hot(labels, 3).float() @ torch.randn(3, 5, generator=generator) * 3
-    features = features + 0.3 * torch.randn(90, 5, generator=generator)
-    assert linear_accuracy(features[:60], labels[:60], features[60:], labels[60:]) == 1.0
-    assert linear_accuracy(torch.randn(60, 5, generator=generator), labels[:60], features[60:], labels[60:]) < 0.8
-
-
-def test_fine_tuning_learns_and_leaves_the_backbone_alone(small_run: Path) -> None:
-    setting, model, _ = load_run(list_checkpoints(small_run)[-1].path)
-    before = [p.clone() for p in model.backbone.parameters()]
-    accuracy = finetune_accuracy(model.backbone, setting.data, epochs=20, batch_size=32, lr=2e-3)
-    assert accuracy > 0.4  # ten classes
-    assert all(torch.equal(a, b) for a, b in zip(before, model.backbone.parameters(), strict=True))
 
 
 def test_features_ignore_the_training_mode_and_leave_it(small_run: Path) -> None:
@@ -272,6 +246,205 @@ def test_training_leaves_other_files_of_the_folder_alone(make_setting: Make, tmp
     (tmp_path / "schedule.json").write_text("mine")
     run(make_setting(), tmp_path)
     assert (tmp_path / "schedule.json").read_text() == "mine"
+
+
+METHODS = ("mocov3", "simclr", "dino")
+FEATURES = {  # settings that have state or timing of their own, so that a resumed run would show what it forgets
+    "mocov3": {"accumulate": 2, "drop_path": 0.2},
+    "simclr": {"precision": "bf16"},
+    "dino": {"drop_path": 0.2, "clip": 1.0, "decay_biases": False, "weight_decay_end": 0.4, "freeze_last_layer": 0.3},
+}
+
+
+def of_method(method: str, **changes: object) -> SmallSetting:
+    return small_setting(method, **{"evaluations": (0.0, 0.5, 1.0), "budget": 1000.0, **FEATURES[method], **changes})
+
+
+def cost_by_hand(method: str, strategy: str) -> float:
+    """Units per sample from sequence lengths counted here; DINO with two crops of 3 x 3 patches."""
+    values = dict(part.split("=") for part in strategy.split(","))
+    tokens = (28 // int(values["patch"])) ** 2
+    query = tokens - math.ceil(tokens * float(values["dropout"])) + 1
+    return {
+        "mocov3": 3 * query + tokens + 1, "simclr": 3 * (query + query), "dino": 3 * query + 3 * 2 * 10 + 50,
+    }[method] / 50  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_spends_its_budget_and_logs_what_is_documented(method: str, tmp_path: Path) -> None:
+    setting = of_method(method)
+    result = run(setting, tmp_path / "run", "mixed")
+    rows = read_log(tmp_path / "run")
+    steps = [row for row in rows if "loss" in row]
+    evaluated = [row for row in rows if "accuracy" in row]
+    assert [row["step"] for row in steps] == list(range(1, result.step + 1))
+    units = [16 * cost_by_hand(method, row["strategy"]) for row in steps]
+    assert [row["units"] for row in steps] == pytest.approx(list(itertools.accumulate(units)), rel=1e-12)
+    assert 1000 - 16 * cost_by_hand(method, "patch=4,dropout=0") < result.units <= 1000
+    assert result.units == pytest.approx(sum(units)) and result.samples == 16 * result.step
+    assert len({row["strategy"] for row in steps}) > 2
+    common = {"step", "units", "samples", "fraction", "samples_per_second", "seconds"}
+    assert all(set(row) == common | {"strategy", "loss", "lr"} for row in steps)
+    assert all(set(row) == common | {"accuracy"} for row in evaluated)
+    assert [row["fraction"] for row in steps] == pytest.approx([row["units"] / 1000 for row in steps])
+    assert all(math.isfinite(row["loss"]) for row in steps) and len({row["loss"] for row in steps}) == len(steps)
+    assert len(evaluated) == 3 and evaluated[0]["step"] == 0 and evaluated[2]["step"] == result.step
+    assert evaluated[1]["fraction"] >= 0.5 > evaluated[1]["fraction"] - 16 * 7 / 1000
+    assert result.accuracy == evaluated[-1]["accuracy"]
+    content = load_checkpoint(list_checkpoints(tmp_path / "run")[-1].path)
+    assert content["step"] == result.step and content["config"]["method"] == method
+    assert set(content["model"]) == set(setting.new_model().state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_continues_to_the_same_parameters_bit_for_bit(method: str, tmp_path: Path) -> None:
+    """Stopped by SIGTERM in its midst, from resume.pt; and from a checkpoint, as after a kill without warning."""
+    setting = of_method(method, evaluations=(0.5,))
+    run(setting, tmp_path / "whole")
+    whole = load_checkpoint(list_checkpoints(tmp_path / "whole")[-1].path)
+    news = 0
+
+    def stop(fraction: float, text: str) -> None:
+        nonlocal news
+        news += 1
+        if news == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="run the same command to continue") as stopped:
+        run(setting, tmp_path / "stopped", report=stop)
+    assert stopped.value.exit_code == 143
+    resumed = load_checkpoint(tmp_path / "stopped" / "resume.pt")["step"]
+    assert 5 <= resumed <= 7
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for checkpoint in list_checkpoints(tmp_path / "killed")[2:]:
+        checkpoint.path.unlink()
+    for name in ("stopped", "killed"):
+        result = run(setting, tmp_path / name)
+        assert result.step == whole["step"]
+        part = load_checkpoint(list_checkpoints(tmp_path / name)[-1].path)
+        assert_identical(whole, part)
+        assert not (tmp_path / name / "resume.pt").exists()
+        assert [p.name for p in (tmp_path / name).glob("step-*")] and [
+            c.step for c in list_checkpoints(tmp_path / name)
+        ] == [c.step for c in list_checkpoints(tmp_path / "whole")]
+
+
+def assert_identical(first: dict, second: dict) -> None:
+    """Model, momentum encoder, centre, optimizer and log (but for seconds) are the same to the bit."""
+    assert first["model"].keys() == second["model"].keys()
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    states = [content["optimizer"]["state"] for content in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    for i, state in states[0].items():
+        assert all(torch.equal(value, states[1][i][key]) for key, value in state.items()), i
+    logs = [
+        [{k: v for k, v in row.items() if "seconds" not in k and k != "samples_per_second"} for row in json.loads(c["log"])]
+        for c in (first, second)
+    ]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("method", ["mocov3", pytest.param("dino", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_parameters(
+    method: str, kills: int, tmp_path: Path
+) -> None:
+    """SIGKILL, also in the midst of writing; whatever is there after it can be read, and nothing unfinished stays."""
+    changes = {"checkpoints": tuple(i / 25 for i in range(26)), "evaluations": (), **FEATURES[method]}
+    begun = time.monotonic()
+    (answer,) = run_function(1, train_until_killed, tmp_path / "job", method, tmp_path / "whole", math.inf, changes)
+    assert answer.code == 0, answer
+    seconds, choose = answer.value, random.Random(f"{kills} {method}")
+    done = killed = 0
+    while not done:
+        delay = choose.uniform(0, 1.2 * seconds / min(kills, 6)) if killed < kills else math.inf
+        (answer,) = run_function(1, train_until_killed, tmp_path / "job", method, tmp_path / "run", delay, changes)
+        assert answer.code in (0, -signal.SIGKILL), answer
+        killed, done = killed + (answer.code != 0), answer.code == 0 and killed >= min(kills, 1)
+        for path in (tmp_path / "run").glob("*.pt"):
+            load_checkpoint(path)
+        if answer.code == 0 and not done:
+            shutil.rmtree(tmp_path / "run")
+        assert time.monotonic() - begun < 500
+    whole, part = (load_checkpoint(list_checkpoints(tmp_path / name)[-1].path) for name in ("whole", "run"))
+    assert_identical(whole, part)
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "run")]
+    assert names[0] == names[1]
+
+
+def test_only_the_newest_checkpoints_are_kept_where_asked(tmp_path: Path) -> None:
+    setting = of_method("mocov3", checkpoints=tuple(i / 5 for i in range(6)), evaluations=(), budget=700.0)
+    everything = run(setting, tmp_path / "all")
+    assert len(list_checkpoints(tmp_path / "all")) == 6
+    kept = run(setting, tmp_path / "two", options=RunOptions(keep=2))
+    names = [[c.path.name for c in list_checkpoints(tmp_path / n)] for n in ("all", "two")]
+    assert names[1] == names[0][-2:] and kept.step == everything.step
+    assert run(setting, tmp_path / "two", options=RunOptions(keep=1)) == kept  # a finished run is left as it is
+    with pytest.raises(UsageError, match=r"keep is 0; at least the newest checkpoint \(1\) has to stay"):
+        RunOptions(keep=0)
+
+
+def test_a_stopped_run_that_keeps_one_checkpoint_continues(tmp_path: Path) -> None:
+    setting = of_method("mocov3", evaluations=(), checkpoints=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+    run(setting, tmp_path / "whole")
+
+    def stop(fraction: float, text: str) -> None:
+        if 0.5 < fraction < 0.6:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(setting, tmp_path / "run", report=stop, options=RunOptions(keep=1))
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+    run(setting, tmp_path / "run", options=RunOptions(keep=1))
+    whole, part = (load_checkpoint(list_checkpoints(tmp_path / name)[-1].path) for name in ("whole", "run"))
+    assert_identical(whole, part)
+    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == [f"step-{whole['step']:08d}.pt"]
+
+
+def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    left = [".step-00000003.pt.123.tmp", ".resume.pt.9.tmp", ".log.jsonl.77.tmp", ".config.toml.5.tmp"]
+    mine = [".mine.tmp", ".step-3.txt.12.tmp", "step-old.txt", ".cube.nc.12.tmp"]
+    for name in (*left, *mine):
+        (out / name).write_text("half")
+    run(of_method("mocov3", evaluations=(), budget=200.0), out)
+    there = {path.name for path in out.iterdir()}
+    assert not there & set(left) and set(mine) <= there
+    assert not any(name.endswith(".probe") for name in there)
+
+
+def test_the_saved_settings_are_those_of_the_run(tmp_path: Path) -> None:
+    setting = of_method("dino", evaluations=())
+    run(setting, tmp_path / "run")
+    table = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["train"]
+    kept = {name: value for name, value in setting.config.to_dict().items() if value is not None}
+    assert {name: table[name] for name in kept} == kept
+
+
+def test_unlabelled_images_are_trained_on_without_evaluation(tmp_path: Path) -> None:
+    labelled = random_data()
+    data = dataclasses.replace(labelled, classes=(), train_labels=labelled.train_labels[:0], test_labels=torch.empty(0))
+    setting = small_setting("dino", data=data, evaluations=(0.5, 1.0))
+    result = run(setting, tmp_path / "run")
+    assert result.accuracy is None and not any("accuracy" in row for row in read_log(tmp_path / "run"))
+
+
+def test_time_in_evaluation_and_saving_of_the_run_before_counts_once(tmp_path: Path) -> None:
+    """Seconds go on from those of the stopped part, and never back."""
+    setting = of_method("mocov3")
+
+    def stop(fraction: float, text: str) -> None:
+        if fraction > 0.5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(setting, tmp_path / "run", report=stop)
+    before = load_checkpoint(tmp_path / "run" / "resume.pt")["seconds"]
+    run(setting, tmp_path / "run")
+    seconds = [row["seconds"] for row in read_log(tmp_path / "run")]
+    assert seconds == sorted(seconds) and seconds[-1] > before > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""kNN accuracy over the budget of all three methods, beside raw pixels.
+
+    python -m benchmarks.training.curves [--methods mocov3 simclr dino] [--seeds 0 1 2] [--device cpu] [--quick]
+
+Each run is one `gradscope train` on the embedded Fashion-MNIST (8,000 training and 2,000 test images, 28 pixels), with
+the settings of RUNS; accuracy is that of the 20 nearest neighbours by cosine on full-length sequences, as the
+trainer logs it. Runs lie in `build/training` and are continued there; `results/curve-<method>-<seed>.json` keeps
+what they logged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import device_text
+from benchmarks.summary import Row, table
+from gradscope.data import load_data
+from gradscope.evaluation import knn_accuracy
+from gradscope.files import write_text
+from gradscope.runlog import read_log
+
+ROOT = Path(__file__).parents[2]
+WORK = ROOT / "build" / "training"
+FOLDER = Path(__file__).parent / "results"
+COMMAND = "python -m benchmarks.training.curves"
+DATA = "fashion-mnist-10k"
+COMMON = ("--data", DATA, "--set", "evaluations=(0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1)", "--set", "checkpoints=(1,)")
+RUNS: dict[str, tuple[str, ...]] = {}
+
+
+def raw_pixels() -> float:
+    """kNN accuracy of the pixels themselves, by the same vote."""
+    data = load_data(DATA)
+    parts = [data.plain(part, range_of(count)).flatten(1).float() for part, count in counts(data)]
+    return knn_accuracy(parts[0], data.train_labels, parts[1], data.test_labels)
+
+
+def counts(data: Any) -> list[tuple[str, int]]:
+    return [("train", data.train_count), ("test", data.test_count)]
+
+
+def range_of(count: int) -> Any:
+    import torch
+
+    return torch.arange(count)
+
+
+def train(method: str, seed: int, device: str, *, quick: bool = False) -> list[dict[str, Any]]:
+    """The log of one run, trained or continued."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    out = WORK / f"{method}-{seed}{'-quick' if quick else ''}"
+    words = list(RUNS[method])
+    if quick:
+        words[words.index("--budget") + 1] = "10K"
+    command = [sys.executable, "-m", "gradscope", "train", "--method", method, *COMMON, *words, "--seed", str(seed)]
+    subprocess.run([*command, "--device", device, "--out", str(out)], check=True)
+    return read_log(out)
+
+
+def rows(folder: Path = FOLDER) -> list[Row]:
+    """Rows for `summary.json`: the accuracy at the end of every method's runs, and that of raw pixels."""
+    made = []
+    for method in RUNS:
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"curve-{method}-*.json"))]
+        if not runs:
+            continue
+        last = [run["points"][-1] for run in runs]
+        ends = [point["accuracy"] for point in last]
+        raw = runs[0]["raw_pixels"]
+        made.append(
+            Row(
+                claim=f"{method}: kNN accuracy after {last[0]['units']:,.0f} units ({last[0]['samples']:,} samples); "
+                f"raw pixels {raw:.1%}",
+                value=sum(ends) / len(ends),
+                unit="",
+                low=min(ends),
+                high=max(ends),
+                aim=f"above {raw:.3f} in every run",
+                holds=min(ends) > raw,
+                device=runs[0]["device"],
+                date=runs[-1]["date"],
+                runs=len(ends),
+                command=COMMAND,
+            )
+        )
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="10K units each; writes nothing")
+    options = parser.parse_args()
+    raw = raw_pixels()
+    for method in options.methods:
+        for seed in options.seeds:
+            log = train(method, seed, options.device, quick=options.quick)
+            kept = ("step", "units", "samples", "accuracy")
+            points = [{name: row[name] for name in kept} for row in log if "accuracy" in row]
+            losses = [[row["units"], round(row["loss"], 4)] for row in log if "loss" in row]
+            found = {
+                "method": method, "seed": seed, "settings": RUNS[method], "raw_pixels": raw, "points": points,
+                "losses": losses, "device": device_text(options.device, 1), "date": str(datetime.date.today()),
+            }  # fmt: skip
+            if not options.quick:
+                write_text(FOLDER / f"curve-{method}-{seed}.json", json.dumps(found, indent=1) + "\n")
+            print(method, seed, [round(point["accuracy"], 4) for point in points], f"raw pixels {raw:.4f}", flush=True)
+    print(table([("training", row) for row in rows()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a training run writes down while it runs: one JSON object a line, and TensorBoard's files where asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from gradscope.errors import UsageError
+from gradscope.files import write_text
+
+LOG_FILE = "log.jsonl"
+SCALARS = ("loss", "lr", "accuracy", "samples_per_second", "units")
+
+
+class RunLog:
+    """Rows of a run, in memory and in `log.jsonl`; the file is written whole, so it is never half a row.
+
+    `tensorboard`: also write event files to `out/tensorboard`, with optimizer steps on the axis. Raises UsageError
+    where the package tensorboard is missing.
+    """
+
+    def __init__(self, out: Path, *, tensorboard: bool = False) -> None:
+        self.out, self.rows = out, list[dict[str, Any]]()
+        self._make_events = _writer() if tensorboard else None
+        self._events: Any = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self._make_events is not None:
+            self._events = self._events or self._make_events(self.out / "tensorboard")
+            for name in SCALARS:
+                if name in row:
+                    self._events.add_scalar(name, row[name], row["step"])
+
+    def write(self) -> None:
+        write_text(self.out / LOG_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if self._events is not None:
+            self._events.flush()
+
+    def load(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Take up the rows of an earlier part of the run."""
+        self.rows = list(rows)
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """Rows of a run's `log.jsonl`. Raises UsageError when there is none."""
+    path = out / LOG_FILE
+    if not path.is_file():
+        raise UsageError(f"{path}: no training log; give a folder that `gradscope train --out` wrote")
+    try:
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path}: not a training log of gradscope ({error}); remove it or name another folder"
+        ) from error
+
+
+def _writer() -> Callable[[Path], Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            "--tensorboard needs the package tensorboard (pip install tensorboard); without it log.jsonl has the same "
+            "numbers"
+        ) from error
+    return SummaryWriter

@@ -1,12 +1,14 @@
 """How schedules depend on the budget, on cubes of real runs: three budgets a factor 8 apart.
 
-    python -m benchmarks.optimizer.shift [--runs mixed none] [--quick] [--device cpu]
+    python -m benchmarks.optimizer.shift [--runs mixed-2M ...] [--quick] [--device cpu]
 
-Two runs of the bundled trainer (MoCo-v3, the demo's ViT, Fashion-MNIST, base patch 2, 16 strategies, batch 64): a mixed
-one of 2M units and one without acceleration of 500K. Nine checkpoints of each are profiled, and schedules found by
-trajectory for a 64th, an 8th and all of the run's budget, with the mean cost per sample and the share of the budget
-that goes to base patches. Runs and cubes lie in `build/optimizer` and are continued there; `results/shift.json` keeps
-the schedules and the scores they rest on, `results/<run>-<budget>-batch-<batch>.json` those by `descent` as files.
+Four runs of the bundled trainer (MoCo-v3, the demo's ViT, Fashion-MNIST, base patch 2, 16 strategies): mixed and
+without acceleration, each with a batch of 64 and of 256. Nine checkpoints of each are profiled, those of the large
+batch with up to 8,192 samples a cell, and schedules found by trajectory for a 64th, an 8th and all of the run's budget,
+with the mean cost per sample and the share of the budget that goes to base patches. Runs and cubes lie in
+`build/optimizer` and are continued there; `results/shift.json` keeps the schedules and the scores they rest on,
+`results/<run>-<budget>.json` the schedules for the run's own batch as files (by `descent`; with `-ca-mse`, by the
+paper's criterion).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +36,48 @@ COMMAND = "python -m benchmarks.optimizer.shift"
 GRID = "patch=2,4,7,14;dropout=0,0.25,0.5,0.75"
 CHECKPOINTS = (0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)
 PARTS = (64, 8, 1)
-BATCHES = (64, 512, 4096)  # the runs' own, and up to the paper's scale
-RUNS = {"mixed": "2M", "none": "500K"}
+BATCHES = (64, 256, 4096)  # those of the runs, and the paper's scale
 CRITERIA = (("descent", "optimizer"), ("ca-mse", "euclidean"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the bundled trainer and how it was profiled; its name is that of its folder."""
+
+    schedule: str
+    budget: str
+    batch: int
+    samples: int | None = None  # most per cell, None the profile's default
+
+    @property
+    def name(self) -> str:
+        return f"{self.schedule}-{self.budget}" + (f"-{self.batch}" if self.batch != 64 else "")
+
+
+RUNS = {
+    run.name: run
+    for run in (
+        Run("mixed", "2M", 64), Run("none", "500K", 64), Run("mixed", "1M", 256, 8192), Run("none", "1M", 256, 8192),
+    )
+}  # fmt: skip
 
 
 def gradscope(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "gradscope", *arguments], cwd=WORK, check=True)
 
 
-def make_cube(schedule: str, budget: str, device: str) -> Path:
+def make_cube(run: Run, device: str) -> Path:
     """Train and profile what is missing; the cube's path."""
     WORK.mkdir(parents=True, exist_ok=True)
-    run, cube = f"{schedule}-{budget}", f"{schedule}-{budget}.nc"
-    points = ",".join(map(str, CHECKPOINTS))
+    if (WORK / f"{run.name}.nc").exists() and (WORK / run.name / "log.jsonl").exists():
+        return WORK / f"{run.name}.nc"
+    cube, points = f"{run.name}.nc", ",".join(map(str, CHECKPOINTS))
     gradscope(
-        "train", "--budget", budget, "--schedule", schedule, "--grid", GRID, "--seed", "0", "--out", run,
-        "--set", f"checkpoints=({points})", "--device", device,
+        "train", "--budget", run.budget, "--schedule", run.schedule, "--grid", GRID, "--seed", "0", "--out", run.name,
+        "--batch-size", str(run.batch), "--set", f"checkpoints=({points})", "--device", device,
     )  # fmt: skip
-    gradscope("profile", run, "-o", cube, "--device", device)
+    samples = [] if run.samples is None else ["--samples", str(run.samples)]
+    gradscope("profile", run.name, "-o", cube, "--device", device, *samples)
     return WORK / cube
 
 
@@ -80,22 +106,22 @@ def facts(plan: Schedule, base: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_cube(path: Path) -> tuple[dict[str, Any], list[Schedule]]:
-    """What is kept of a cube, and the schedules by `descent` of all batches."""
+def of_cube(path: Path, own_batch: int) -> tuple[dict[str, Any], dict[str, list[Schedule]]]:
+    """What is kept of a cube, and the schedules for the run's own batch by criterion."""
     from gradscope.cube import open_cube, profile_of
 
     cube = open_cube(path).dataset
-    found: dict[str, Any] = {"units": float(cube.attrs["units"]), "schedules": {}, "scores": {}}
-    first: list[Schedule] = []
-    large: list[Schedule] = []
+    found: dict[str, Any] = {
+        "units": float(cube.attrs["units"]), "own_batch": own_batch, "schedules": {}, "scores": {},
+    }  # fmt: skip
+    own: dict[str, list[Schedule]] = {}
     for (criterion, metric), batch in itertools.product(CRITERIA, BATCHES):
         profile: Profile = profile_of(cube, metric=metric).for_batch(batch)
         assert profile.reference_budget is not None
         budgets = [profile.reference_budget / part for part in PARTS]
         plans = [optimize(profile, b, criterion=criterion, progress="trajectory", draws=200) for b in budgets]
-        first = first or plans
-        if criterion == "descent" and batch != BATCHES[0]:
-            large += plans
+        if batch == own_batch:
+            own[criterion] = plans
         base = dict(profile.grid.reference)
         found["schedules"][f"{criterion}, batch {batch}"] = [facts(plan, base) for plan in plans]
         score, se = profile.scores(criterion, profile.progress)
@@ -105,7 +131,7 @@ def of_cube(path: Path) -> tuple[dict[str, Any], list[Schedule]]:
             "score": np.round(score, 5).tolist(),
             "se": np.round(se, 5).tolist(),
         }
-    return found, [*first, *large]
+    return found, own
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
@@ -113,13 +139,15 @@ def rows(results: dict[str, Any]) -> list[Row]:
     made = []
     for (criterion, _), batch, (run, cube) in itertools.product(CRITERIA, BATCHES, results["runs"].items()):
         found = cube["schedules"][f"{criterion}, batch {batch}"]
+        own = " (the run's own)" if batch == cube["own_batch"] else ""
         costs = [plan["mean_cost"] for plan in found]
         grows = costs == sorted(costs) and costs[-1] > costs[0]
         for part, plan in zip(PARTS, found, strict=True):
             what = "all" if part == 1 else f"1/{part}"
             made.append(
                 Row(
-                    claim=f"{run} run: units per sample of the schedule for {what} of it ({criterion}, batch {batch})",
+                    claim=f"run {run}: units per sample of the schedule for {what} of it, "
+                    f"{plan['reference_share']:.0%} of them on the reference ({criterion}, batch {batch}{own})",
                     value=plan["mean_cost"],
                     unit="units",
                     low=None,
@@ -146,12 +174,14 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "runs": {},
     }
-    for run in options.runs:
-        found, plans = of_cube(make_cube(run, "20K" if options.quick else RUNS[run], options.device))
-        results["runs"][f"{run}, {RUNS[run]}"] = found
-        for plan in plans:
-            if not options.quick:
-                save_schedule(plan, FILE.with_name(f"{run}-{plan.budget:.0f}-batch-{plan.batch_size}.json"))
+    for name in options.runs:
+        run = RUNS[name]
+        found, own = of_cube(make_cube(replace(run, budget="20K") if options.quick else run, options.device), run.batch)
+        results["runs"][name] = found
+        for criterion, plans in own.items():
+            end = "" if criterion == CRITERIA[0][0] else f"-{criterion}"
+            for plan in plans if not options.quick else ():
+                save_schedule(plan, FILE.with_name(f"{name}-{plan.budget:.0f}{end}.json"))
     if not options.quick:
         FILE.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table([("optimizer", row) for row in rows(results)]))

@@ -32,6 +32,7 @@ from schedulers import Schedule, Strategy, format_count
 
 LOG_ROWS = 400  # rows of the log over a whole run
 SAVE_SECONDS = 60.0
+NEIGHBOURS = 20  # of the accuracy in the log, as DINO's
 AHEAD = 2  # batches of a folder that are decoded while the model works
 RESUME_FILE = "resume.pt"
 CONFIG_FILE = "config.toml"
@@ -219,7 +220,8 @@ class _Run:
         if self.ranks.first and data.classes and data.test_count:
             with torch.compiler.set_stance("force_eager"):
                 train_ND, test_MD = (dataset_features(self.model.evaluated, data, part) for part in ("train", "test"))
-            accuracy = knn_accuracy(train_ND, data.train_labels, test_MD, data.test_labels)
+            few = min(NEIGHBOURS, data.train_count)
+            accuracy = knn_accuracy(train_ND, data.train_labels, test_MD, data.test_labels, k=few)
             self._log(accuracy=accuracy)
             self.report(self.fraction, f"kNN {accuracy:.1%}")
         return time.monotonic() - begun

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, write_summary
-from gradscope.data.augment import MIN_SIGMA, REFERENCE_SIZE, Augmentation, augment, mocov3_views
+from gradscope.data.recipes import mocov3_views
 
 FOLDER = Path(__file__).parent
 SETTINGS = ((28, 1, 64), (28, 1, 256), (64, 3, 64), (64, 3, 256))

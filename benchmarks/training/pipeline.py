@@ -29,12 +29,15 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import device_text
+from benchmarks.summary import Row
 from gradscope.data import RECIPES, Dataset, folder_data, load_data, views_of
 from gradscope.files import write_text
 
 FOLDER = Path(__file__).parent / "results"
 COMMAND = "python -m benchmarks.training.pipeline"
 SMALL_CROPS = 6
+STEPS = {"memory": "demo-28", "photographs": "small-240"}
+"""Cases of `benchmarks.training.speed` whose steps use such images."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,51 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             FOLDER.mkdir(exist_ok=True)
             write_text(path, json.dumps(results, indent=2) + "\n")
     return results
+
+
+def fastest(folder: Path, kind: str, source: str) -> tuple[str, float] | None:
+    """The strategy of MoCo-v3 whose step takes the most images a second, where `benchmarks.training.speed` knows."""
+    path = folder / f"speed-{kind}.json"
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
+    if STEPS.get(source) not in cases:
+        return None
+    case = cases[STEPS[source]]
+    strategies = case["strategies"]
+    name = max(strategies, key=lambda each: strategies[each]["samples_per_second"])
+    return f"a step of {case['title']} under {name}", float(strategies[name]["samples_per_second"])
+
+
+def rows(folder: Path = FOLDER) -> list[Row]:
+    """Rows for `summary.json`: images a second of every source and method, MoCo-v3's against the fastest step.
+
+    By the processor's seconds where the model runs on the processor too (one thread does either), else by the
+    clock on the wall.
+    """
+    made = []
+    for path in sorted(folder.glob("pipeline-*.json")):
+        kind = path.stem.removeprefix("pipeline-")
+        for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
+            for measured in entry["measured"]:
+                rate = measured["views"]["processor" if kind == "cpu" else "wall"]
+                step = fastest(folder, kind, name) if measured["method"] == "mocov3" else None
+                pixels = " of {1} x {0}".format(*measured["pixels"]) if "pixels" in measured else ""
+                made.append(
+                    Row(
+                        claim=f"input pipeline: {name}{pixels} to {measured['image_size']}, {measured['method']}, "
+                        f"{measured['view_count']} views, batch {measured['batch']}",
+                        value=rate["median"],
+                        unit="images/s",
+                        low=rate["low"],
+                        high=rate["high"],
+                        aim=f"at least {step[1]:.0f}, {step[0]}" if step else "none; stated",
+                        holds=step is None or rate["median"] >= step[1],
+                        device=entry["device"],
+                        date=entry["date"],
+                        runs=measured["repeats"],
+                        command=entry["command"],
+                    )
+                )
+    return made
 
 
 def table(results: dict[str, Any]) -> str:

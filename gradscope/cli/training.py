@@ -123,7 +123,8 @@ def train(
         options = RunOptions(compiled=compiled, keep=keep, tensorboard=tensorboard, schedule_text=schedule)
         with Progress("train", quiet=quiet or silent) as progress:
             result = run(setting, plan, out, device=here, report=progress.update, options=options, ranks=ranks)
-    skipped = [str(path) for path in setting.data.skipped] if isinstance(setting.data, FolderData) else []
+        here_skipped = setting.data.skipped if isinstance(setting.data, FolderData) else ()
+        skipped = sorted({str(path) for paths in ranks.gather(here_skipped) for path in paths})
     if not ranks.first:
         return
     if skipped:

@@ -45,7 +45,7 @@ class TrainConfig:
       `clip`: largest norm of each parameter's gradient (0: none).
     - `head_hidden`, `head_width`: widths of the heads' layers and output; `temperature`; `momentum` of the key encoder
       or teacher at the start; `freeze_patch_embed`: the patch embedding stays a random projection.
-    - DINO: `prototypes`, `fixed_norm`, `teacher_temperature` (from `teacher_temperature_start` over
+    - DINO: `prototypes`, `fixed_norm`, `head_batchnorm`, `teacher_temperature` (from `teacher_temperature_start` over
       `teacher_temperature_warmup` of the budget), `centre_momentum`, `freeze_last_layer` (fraction of the budget),
       `small_crops` of `small_size` pixels (0: 96/224 of the image, to the nearest multiple of the patch).
     - `crop_scale`, `small_scale`: share of the image that a crop shows, as (least, most); () is the method's own.
@@ -86,6 +86,7 @@ class TrainConfig:
     freeze_patch_embed: bool = True
     prototypes: int = 65536
     fixed_norm: bool = True
+    head_batchnorm: bool = False
     teacher_temperature: float = 0.04
     teacher_temperature_start: float = 0.04
     teacher_temperature_warmup: float = 0.0
@@ -220,6 +221,7 @@ class Setting:
                 freeze_patch_embed=config.freeze_patch_embed,
                 prototypes=config.prototypes,
                 fixed_norm=config.fixed_norm,
+                batchnorm=config.head_batchnorm,
                 teacher_temperature=config.teacher_temperature,
                 teacher_temperature_start=config.teacher_temperature_start,
                 teacher_temperature_warmup=config.teacher_temperature_warmup,

@@ -43,9 +43,9 @@ DEMO: dict[str, dict[str, Any]] = {
         "lr": 4e-3, "betas": (0.9, 0.98), "temperature": 0.1, "freeze_patch_embed": False,
     },
     "dino": {
-        "lr": 2e-3, "lr_end": 1e-6, "weight_decay": 0.04, "weight_decay_end": 0.4, "decay_biases": False, "clip": 3.0,
-        "head_hidden": 256, "head_width": 64, "prototypes": 1024, "temperature": 0.1, "momentum": 0.99,
-        "freeze_patch_embed": False, "positions": "learned", "small_crops": 2, "freeze_last_layer": 0.01,
+        "lr": 4e-3, "lr_end": 1e-6, "weight_decay": 0.04, "decay_biases": False, "head_hidden": 256, "head_width": 64,
+        "head_batchnorm": True, "prototypes": 1024, "temperature": 0.1, "momentum": 0.99, "freeze_patch_embed": False,
+        "small_crops": 2,
     },
 }  # fmt: skip
 

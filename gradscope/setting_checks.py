@@ -17,17 +17,16 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "bf16")
 CHOICES = {"method": tuple(METHODS), "model": tuple(VIT_SIZES), "positions": POSITIONS, "precision": PRECISIONS}
 LEAST = {
-    "batch_size": 2, "accumulate": 1, "head_hidden": 1, "head_width": 1, "prototypes": 2, "patch": 1, "width": 0, "depth": 0, "heads": 0,
-    "mlp_ratio": 0,
-    "image_size": 0, "small_crops": 0, "small_size": 0, "weight_decay": 0, "clip": 0,
-    "lr_end": 0,
+    "batch_size": 2, "accumulate": 1, "head_hidden": 1, "head_width": 1, "prototypes": 2, "patch": 1, "width": 0,
+    "depth": 0, "heads": 0, "mlp_ratio": 0, "image_size": 0, "small_crops": 0, "small_size": 0, "weight_decay": 0,
+    "clip": 0, "lr_end": 0,
 }  # fmt: skip
 POSITIVE = ("lr", "temperature", "teacher_temperature", "teacher_temperature_start")
 SHARES = (
     "checkpoints", "evaluations", "momentum", "centre_momentum", "freeze_last_layer", "teacher_temperature_warmup",
     "crop_scale", "small_scale",
 )  # fmt: skip
-OF_DINO = ("small_crops", "small_size", "small_scale", "freeze_last_layer")
+OF_DINO = ("head_batchnorm", "small_crops", "small_size", "small_scale", "freeze_last_layer")
 
 
 def check_settings(config: TrainConfig) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, write_summary
+from gradscope.data.augment import MIN_SIGMA, REFERENCE_SIZE, Augmentation, augment
 from gradscope.data.recipes import mocov3_views
 
 FOLDER = Path(__file__).parent

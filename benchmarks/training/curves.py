@@ -35,13 +35,19 @@ DATA = "fashion-mnist-10k"
 COMMON = ("--data", DATA, "--set", "evaluations=(0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1)", "--set", "checkpoints=(1,)")
 MODEL = (
     "--patch", "7", "--grid", "patch=7;dropout=0", "--batch-size", "128", "--set", "width=128", "--set", "depth=2",
-    "--set", "heads=2", "--set", "head_hidden=512", "--set", "head_width=128", "--set", "freeze_patch_embed=False",
+    "--set", "heads=2", "--set", "freeze_patch_embed=False",
     "--set", "warmup=0.05", "--set", "crop_scale=(0.3,1.0)",
 )  # fmt: skip
+HEADS = ("--set", "head_hidden=512", "--set", "head_width=128")
 RUNS: dict[str, tuple[str, ...]] = {
-    "mocov3": ("--budget", "8M", *MODEL, "--lr", "4e-3", "--set", "weight_decay=0.02"),
+    "mocov3": ("--budget", "8M", *MODEL, *HEADS, "--lr", "4e-3", "--set", "weight_decay=0.02"),
     "simclr": (
-        "--budget", "10M", *MODEL, "--lr", "4e-3", "--set", "weight_decay=0.02", "--set", "temperature=0.2",
+        "--budget", "10M", *MODEL, *HEADS, "--lr", "4e-3", "--set", "weight_decay=0.02", "--set", "temperature=0.2",
+    ),
+    "dino": (
+        "--budget", "5M", *MODEL, "--lr", "4e-3", "--set", "head_hidden=256", "--set", "head_width=64",
+        "--set", "positions=sincos", "--set", "head_batchnorm=True", "--set", "prototypes=1024",
+        "--set", "small_crops=0", "--set", "weight_decay_end=-1.0", "--set", "clip=0", "--set", "freeze_last_layer=0",
     ),
 }  # fmt: skip
 """Of a ViT of 2 blocks of width 128 on the 17 tokens of 7-pixel patches: a unit is a pass over these."""

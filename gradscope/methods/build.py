@@ -32,6 +32,7 @@ class MethodSettings:
     freeze_patch_embed: bool
     prototypes: int = 65536
     fixed_norm: bool = True
+    batchnorm: bool = False
     teacher_temperature: float = 0.04
     teacher_temperature_start: float = 0.04
     teacher_temperature_warmup: float = 0.0
@@ -59,7 +60,14 @@ def new_method(name: str, backbone: VisionTransformer, settings: MethodSettings)
         return MoCoV3(backbone, projector, predictor, temperature=s.temperature, momentum=s.momentum)
     return DINO(
         backbone,
-        dino_head(width, hidden=s.hidden, bottleneck=s.width, prototypes=s.prototypes, fixed_norm=s.fixed_norm),
+        dino_head(
+            width,
+            hidden=s.hidden,
+            bottleneck=s.width,
+            prototypes=s.prototypes,
+            fixed_norm=s.fixed_norm,
+            batchnorm=s.batchnorm,
+        ),
         student_temperature=s.temperature,
         teacher_temperature=s.teacher_temperature,
         teacher_temperature_start=s.teacher_temperature_start,

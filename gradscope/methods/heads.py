@@ -63,7 +63,8 @@ class PrototypeLayer(nn.Module):
 class DINOHead(nn.Module):
     """DINO's head, (batch, width) -> (batch, prototypes): an MLP, L2 normalisation, a `PrototypeLayer` (`last_layer`).
 
-    No BatchNorm anywhere, so the images of a batch stay independent (Caron et al. 2021, section 3.1).
+    Without BatchNorm in the MLP, as published, the images of a batch stay independent (Caron et al. 2021, section
+    3.1).
     """
 
     def __init__(self, mlp: nn.Sequential, last_layer: PrototypeLayer) -> None:
@@ -75,14 +76,19 @@ class DINOHead(nn.Module):
         return logits_BK
 
 
-def dino_head(width_in: int, *, hidden: int, bottleneck: int, prototypes: int, fixed_norm: bool = True) -> DINOHead:
+def dino_head(
+    width_in: int, *, hidden: int, bottleneck: int, prototypes: int, fixed_norm: bool = True, batchnorm: bool = False
+) -> DINOHead:
     """The published head: linear layers of `hidden`, `hidden` and `bottleneck` with GELU between, then prototypes.
 
     Published sizes are 2048, 256 and 65,536. Weights are normal of standard deviation .02, cut off at 2; biases 0.
+    `batchnorm`: BatchNorm before each GELU, an option of the published training that is off by default. A small model
+    at the start gives nearly the same logits for all images, so that centring leaves little to learn; this cures it.
     """
-    mlp = nn.Sequential(
-        nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-    )
+    layers: list[nn.Module] = []
+    for size_in, size_out in ((width_in, hidden), (hidden, hidden)):
+        layers += [nn.Linear(size_in, size_out), *([BatchNorm1d(size_out)] if batchnorm else []), nn.GELU()]
+    mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
     for module in mlp:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)

@@ -86,7 +86,7 @@ def test_heads_have_the_published_layout() -> None:
         assert all(m.bias is None for m in head if isinstance(m, linear))
         affine = [m.affine for m in head if isinstance(m, norm)]
         assert affine == [True] * (len(affine) - 1) + [False]
-        assert [(m.in_features, m.out_features) for m in head if isinstance(m, linear)][0] == (16, 32)
+        assert next((m.in_features, m.out_features) for m in head if isinstance(m, linear)) == (16, 32)
         assert head[-2].out_features == 8
     assert {name.split(".")[0] for name, _ in projector.named_parameters()} == {"0", "1", "3", "4", "6"}
 

@@ -145,11 +145,14 @@ def test_the_published_heads_of_a_vit_base(method: str) -> None:
         },
     }[method]  # fmt: skip
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad and not n.startswith("momentum")}
-    assert frozen == {
-        "mocov3": {"backbone.pos_embed", "backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"},
-        "simclr": {"backbone.pos_embed"},
-        "dino": {"head.last_layer.weight_g"},
-    }[method]
+    assert (
+        frozen
+        == {
+            "mocov3": {"backbone.pos_embed", "backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"},
+            "simclr": {"backbone.pos_embed"},
+            "dino": {"head.last_layer.weight_g"},
+        }[method]
+    )
 
 
 def test_the_small_demo_keeps_each_methods_character() -> None:

@@ -24,7 +24,7 @@ FULL = Strategy(patch=4, dropout=0)
 
 
 def by_loops(first_BF: Tensor, second_BF: Tensor, temperature: float) -> Tensor:
-    """Mean over all 2N anchors of -log e(a, positive) / Σ e(a, other), over the 2N - 1 views that are not the anchor."""
+    """Mean over all 2N anchors of -log e(a, positive) / Σ e(a, other), over the 2N - 1 other views."""
     views, count = [*first_BF, *second_BF], len(first_BF)
     total = first_BF.new_zeros(())
     for i, anchor in enumerate(views):

@@ -339,7 +339,10 @@ def assert_identical(first: dict, second: dict) -> None:
     for i, state in states[0].items():
         assert all(torch.equal(value, states[1][i][key]) for key, value in state.items()), i
     logs = [
-        [{k: v for k, v in row.items() if "seconds" not in k and k != "samples_per_second"} for row in json.loads(c["log"])]
+        [
+            {k: v for k, v in row.items() if "seconds" not in k and k != "samples_per_second"}
+            for row in json.loads(c["log"])
+        ]
         for c in (first, second)
     ]
     assert logs[0] == logs[1]
@@ -347,9 +350,7 @@ def assert_identical(first: dict, second: dict) -> None:
 
 @pytest.mark.parametrize("method", ["mocov3", pytest.param("dino", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_with_the_same_parameters(
-    method: str, kills: int, tmp_path: Path
-) -> None:
+def test_a_run_killed_at_random_moments_ends_with_the_same_parameters(method: str, kills: int, tmp_path: Path) -> None:
     """SIGKILL, also in the midst of writing; whatever is there after it can be read, and nothing unfinished stays."""
     changes = {"checkpoints": tuple(i / 25 for i in range(26)), "evaluations": (), **FEATURES[method]}
     begun = time.monotonic()

@@ -75,6 +75,41 @@ def test_simclr_weighs_the_key_as_the_query() -> None:
     assert sequence_cost("simclr", query=50, key=197, base=197) == pytest.approx(3 * (50 + 197) / 197)
 
 
+@pytest.mark.parametrize(("method", "query", "key"), [("mocov3", 11, 101), ("simclr", 11, 11), ("dino", 11, 226)])
+def test_the_key_is_as_long_as_the_method_makes_it(method: str, query: int, key: int) -> None:
+    """MoCo-v3's has the patch and all tokens, SimCLR's is compressed as the query is, DINO's teacher sees the base."""
+    counts = token_counts(240, 16, Strategy(patch=24, dropout=0.9), method=method)
+    assert (counts.query, counts.key, counts.base) == (query, key, 226)
+
+
+@pytest.mark.parametrize("patch", [16, 24, 48])
+@pytest.mark.parametrize("dropout", [0, 0.25, 0.9])
+def test_costs_of_every_method_follow_table_1(patch: int, dropout: float) -> None:
+    strategy, tokens = Strategy(patch=patch, dropout=dropout), (240 // patch) ** 2
+    kept = (tokens * (100 - round(100 * dropout))) // 100 + 1
+    expected = {
+        "mocov3": (3 * kept + tokens + 1) / 226,
+        "simclr": 3 * (kept + kept) / 226,
+        "dino": (3 * kept + 3 * 8 * 37 + 226) / 226,
+    }
+    for method, cost in expected.items():
+        crops = {"small": 37, "crops": 8} if method == "dino" else {}
+        assert token_cost(method, 240, 16, strategy, **crops) == pytest.approx(cost, rel=1e-12)
+
+
+def test_the_papers_convention_of_the_other_methods() -> None:
+    """The query scaled with its class token; SimCLR's key as the query, DINO's uncompressed with its small crops."""
+    strategy = Strategy(patch=24, dropout=0.5)
+    assert paper_cost("simclr", 240, 16, strategy) == pytest.approx(3 * (50.5 + 50.5) / 197, rel=1e-12)
+    expected = (3 * 50.5 + 3 * 6 * 37 + 226) / 197
+    assert paper_cost("dino", 240, 16, strategy, small=37, crops=6) == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_unknown_method_has_no_token_counts() -> None:
+    with pytest.raises(UsageError, match="unknown method 'byol'; the methods are mocov3, simclr, dino"):
+        token_counts(240, 16, Strategy(patch=24), method="byol")
+
+
 def test_the_formulas_print() -> None:
     assert {name: str(formula) for name, formula in METHOD_FORMULAS.items()} == {
         "mocov3": "(3 L_q + L_k) / L_base",

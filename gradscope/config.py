@@ -17,11 +17,9 @@ from gradscope.data import Augmentation, Dataset, load_data, views_of
 from gradscope.errors import CheckpointError, UsageError
 from gradscope.methods import Method, MethodSettings, Part, new_method
 from gradscope.models import VIT_SIZES, VisionTransformer
-from gradscope.recipes import recipe
+from gradscope.recipes import recipe, small_crop_size
 from gradscope.setting_checks import check_settings
 from schedulers import Decay, Grid, Strategy, kept_tokens, patch_tokens, token_cost
-
-SMALL_SHARE = 96 / 224  # side of DINO's small crops over that of the image
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class TrainConfig:
 
     def small_crop_size(self, image_size: int) -> int:
         """Pixels of DINO's small crops: as set, else 96/224 of the image, to the nearest multiple of the patch."""
-        return self.small_size or self.patch * max(1, round(image_size * SMALL_SHARE / self.patch))
+        return self.small_size or small_crop_size(image_size, self.patch)
 
     def cost(self, image_size: int, strategy: Strategy) -> float:
         """Units per sample of a strategy on images of `image_size` pixels (design section 5)."""

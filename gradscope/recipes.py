@@ -50,6 +50,15 @@ DEMO: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SMALL_SHARE = 96 / 224
+"""Side of DINO's small crops over that of the image, as published."""
+
+
+def small_crop_size(image_size: int, patch: int) -> int:
+    """Pixels of DINO's small crops: SMALL_SHARE of the image, to the nearest multiple of the patch."""
+    return patch * max(1, round(image_size * SMALL_SHARE / patch))
+
+
 def recipe(method: str, model: str) -> Mapping[str, Any]:
     """Settings of TrainConfig for `method` on `model`; its own defaults are those of MoCo-v3 on the demo's."""
     if model == "demo":

@@ -84,9 +84,9 @@ class Stepper:
         """
         config, model = self.config, self.model
         lr = config.learning_rate(fraction)
-        for group in self.optimizer.param_groups:
+        for number, group in enumerate(self.optimizer.param_groups):  # the second, if any, does not decay
             group["lr"] = lr
-            group["weight_decay"] = config.weight_decay_at(fraction) if group["decays"] else 0.0
+            group["weight_decay"] = config.weight_decay_at(fraction) if number == 0 else 0.0
         model.before_step(fraction)
         self.optimizer.zero_grad(set_to_none=True)
         loss, targets = self._gradient(step, fraction, strategy, views)
@@ -160,9 +160,9 @@ def new_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [(n, p) for n, p in named if config.decay_biases or (p.ndim > 1 and not n.endswith("bias"))]
     rest = [(n, p) for n, p in named if not any(p is q for _, q in decayed)]
-    groups: list[dict[str, Any]] = [{"params": [p for _, p in decayed], "decays": True}]
+    groups: list[dict[str, Any]] = [{"params": [p for _, p in decayed]}]
     if rest:
-        groups.append({"params": [p for _, p in rest], "decays": False})
+        groups.append({"params": [p for _, p in rest]})
     optimizer = torch.optim.AdamW(
         groups,
         lr=0.0,

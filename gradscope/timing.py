@@ -183,9 +183,11 @@ class SyntheticTask(PretrainTask):
         image_size: int = 240,
         batch_size: int = 64,
         device: torch.device | None = None,
+        small_crops: int | None = None,
     ) -> None:
+        crops = {} if small_crops is None else {"small_crops": small_crops}
         config = TrainConfig.for_run(
-            method, model, budget=1.0, patch=int(grid.reference.number("patch")), batch_size=batch_size
+            method, model, budget=1.0, patch=int(grid.reference.number("patch")), batch_size=batch_size, **crops
         )
         blank = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
         blank[0] = 1  # statistics of images that are all the same are refused

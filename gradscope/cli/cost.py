@@ -44,6 +44,9 @@ def cost(
     method: Annotated[str, typer.Option(help="mocov3, simclr or dino.", envvar="GRADSCOPE_METHOD")] = "mocov3",
     image_size: Annotated[int | None, typer.Option(help="Pixels per side; default 240.")] = None,
     patch: Annotated[int | None, typer.Option(help="Base patch in pixels; default: the smallest of the grid.")] = None,
+    small_crops: Annotated[
+        int | None, typer.Option(help="DINO's small crops of an image; default the recipe's, 8.")
+    ] = None,
     grid: Annotated[
         str | None,
         typer.Option(
@@ -92,7 +95,7 @@ def cost(
     given = {"--model": model, "--batch-size": batch_size, "--repeats": repeats}
     measuring = [name for name, value in given.items() if value is not None]
     if ckpt_dir is not None:
-        own = {"--image-size": image_size, "--patch": patch, "--model": model}
+        own = {"--image-size": image_size, "--patch": patch, "--model": model, "--small-crops": small_crops}
         for name, value in own.items():
             if value is not None:
                 raise UsageError(f"{name} {value}: the checkpoints of {ckpt_dir} have their own; leave it out")
@@ -116,11 +119,13 @@ def cost(
         found = None if tree is None else _grid_of_cube(tree.dataset)
         size = 240 if image_size is None else image_size
         strategies = _make_grid(size, patch, grid, found)
+        crops = _small_crops(method, small_crops)
         if not (measure or cube):
-            rows = counted_rows(method, size, strategies)
-            emit({"rows": rows}, cost_text(rows, strategies, None), as_json=as_json)
+            rows = counted_rows(method, size, strategies, crops)
+            about = [f"with {crops} small crops an image (--small-crops)"] if crops else []
+            emit({"rows": rows}, [*cost_text(rows, strategies, None), *about], as_json=as_json)
             return
-        chosen, loaded = _synthetic(strategies, method, model or "small", size, batch_size, device)
+        chosen, loaded = _synthetic(strategies, method, model or "small", size, batch_size, device, crops)
     if tree is not None:
         _check_fits(tree.dataset, chosen, str(cube))
         if ckpt_dir is None:
@@ -192,17 +197,27 @@ def _open_run(folder: Path, name: str | None, data_folder: Path | None, device: 
     return task, task.load(checkpoint.path)
 
 
+def _small_crops(method: str, given: int | None) -> int:
+    """DINO's small crops of an image, by default the recipe's; no other method has any."""
+    from gradscope.errors import UsageError
+    from gradscope.recipes import recipe
+
+    if given is not None and (method != "dino" or given < 0):
+        raise UsageError(f"--small-crops {given}: a number of at least 0, for --method dino")
+    return int(recipe(method, "small").get("small_crops", 0)) if given is None else given
+
+
 def _synthetic(
-    grid: Grid, method: str, model: str, image_size: int, batch_size: int | None, device: str
+    grid: Grid, method: str, model: str, image_size: int, batch_size: int | None, device: str, small_crops: int
 ) -> tuple[Task, Any]:
     from gradscope.timing import SyntheticTask
     from schedulers import token_counts
 
     for strategy in grid.strategies():  # refuses patches that do not fit before a model is made
-        token_counts(image_size, int(grid.reference.number("patch")), strategy)
+        token_counts(image_size, int(grid.reference.number("patch")), strategy, method=method)
     task = SyntheticTask(
         grid, method=method, model=model, image_size=image_size, batch_size=64 if batch_size is None else batch_size,
-        device=open_device(device),
+        device=open_device(device), small_crops=small_crops,
     )  # fmt: skip
     return task, task.load()
 

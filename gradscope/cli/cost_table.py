@@ -17,16 +17,18 @@ LINEAR = 0.1  # a cost further from the token count's than this share of it is m
 Row = dict[str, Any]
 
 
-def counted_rows(method: str, image_size: int, grid: Grid) -> list[Row]:
+def counted_rows(method: str, image_size: int, grid: Grid, small_crops: int) -> list[Row]:
     """A row per strategy by its token counts, nothing measured. Raises UsageError for what does not fit the image."""
-    from schedulers import paper_cost, token_cost, token_counts
+    from gradscope.recipes import small_crop_size
+    from schedulers import paper_cost, patch_tokens, token_cost, token_counts
 
     base, rows = int(grid.reference.number("patch")), []
+    small = patch_tokens(small_crop_size(image_size, base), base) + 1 if small_crops else 0
     for strategy in grid.strategies():
-        counts = token_counts(image_size, base, strategy)
+        counts = token_counts(image_size, base, strategy, method=method)
         costs = {
-            "tokens": token_cost(method, image_size, base, strategy),
-            "paper": paper_cost(method, image_size, base, strategy),
+            "tokens": token_cost(method, image_size, base, strategy, small=small, crops=small_crops),
+            "paper": paper_cost(method, image_size, base, strategy, small=small, crops=small_crops),
             "measured": None,
         }
         rows.append({**strategy, "tokens_query": counts.query, "tokens_key": counts.key, "cost": costs})

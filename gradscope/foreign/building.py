@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradscope.config import SMALL_SHARE, TrainConfig
+from gradscope.config import TrainConfig
 from gradscope.errors import CheckpointError, UsageError
 from gradscope.foreign.architecture import Architecture, architecture_of, backbone_module, fitted
 from gradscope.foreign.checkpoint import ForeignCheckpoint
 from gradscope.foreign.heads import dino_head_of, sequence_of
 from gradscope.foreign.values import number_in
 from gradscope.methods import DINO, METHODS, Method, MethodSettings, MoCoV3, SimCLR, new_method
+from gradscope.recipes import small_crop_size
 
 SMALL_CROPS = 8  # of DINO's recipe
 PUBLISHED_WIDTH = 192  # of ViT-Ti, the narrowest model with published heads
@@ -172,7 +173,7 @@ def _settings(
         found["teacher_temperature_warmup"] = min(warmup / total_epochs, 1.0)
     crops = number_in(own, "local_crops_number")
     found["small_crops"] = SMALL_CROPS if crops is None else int(crops)
-    found["small_size"] = patch * max(1, round(image_size * SMALL_SHARE / patch))
+    found["small_size"] = small_crop_size(image_size, patch)
     return found
 
 

@@ -56,7 +56,7 @@ def assert_equal_runs(first: dict[str, Any], second: dict[str, Any], tolerance: 
     ]
     assert rows[0] == rows[1] and len(rows[0]) == first["step"] > 5
     losses = [[row["loss"] for row in json.loads(content["log"])] for content in (first, second)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance / 10)  # DINO keeps its centre in float32
     for name, value in first["model"].items():
         if name == "centre":
             tolerance = max(tolerance, 1e-6)

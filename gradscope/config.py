@@ -21,6 +21,15 @@ from gradscope.recipes import recipe, small_crop_size
 from gradscope.setting_checks import check_settings
 from schedulers import Decay, Grid, Strategy, kept_tokens, patch_tokens, token_cost
 
+FIRST_SETTINGS = frozenset(
+    {
+        "budget", "method", "data", "model", "patch", "patches", "dropouts", "batch_size", "lr", "weight_decay", "warmup",
+        "decay", "decay_alpha", "head_hidden", "head_width", "temperature", "momentum", "freeze_patch_embed",
+        "checkpoints", "evaluations", "seed",
+    }
+)  # fmt: skip
+"""Those of the first version; the defaults of later ones stand for what it did, and must not change."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -32,9 +41,10 @@ class TrainConfig:
     - `budget` in units. `method`: mocov3, simclr, dino. `data`: a name, or the path of an image folder, whose images
       are cut to `image_size` pixels (0: the data's own size, 224 for a folder).
     - `model`: demo, tiny, small, base; `width`, `depth`, `heads` and `mlp_ratio` where they are to be others than the
-      model's own (0); `positions`: sincos or learned; `drop_path`: share of skipped branches in the last block. `patch`: the base patch in pixels; with dropout 0 it is
-      the reference. `patches` and `dropouts` span the grid of strategies, for mixed runs and as the profile's default;
-      no patches: all from the base patch to three times it that divide the image.
+      model's own (0); `positions`: sincos or learned; `drop_path`: share of skipped branches in the last block.
+    - `patch`: the base patch in pixels; with dropout 0 it is the reference. `patches` and `dropouts` span the grid of
+      strategies, for mixed runs and as the profile's default; no patches: all from the base patch to three times it
+      that divide the image.
     - `batch_size`: samples of a step, over all ranks; `accumulate`: passes it is divided into, on every rank;
       `precision`: float32, or bf16 for autocast.
     - `lr`: learning rate at a batch of 256, scaled linearly with the batch; after `warmup`, a fraction of the budget,
@@ -155,10 +165,13 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
-    def non_defaults(self) -> dict[str, Any]:
-        """The settings that are not their defaults: the same for a run when later versions have more settings."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return {name: v for name, v in self.to_dict().items() if getattr(self, name) != defaults[name]}
+    def identity(self) -> dict[str, Any]:
+        """What tells two runs apart, the same for a run when later versions have more settings.
+
+        The settings that were there from the start, and of the later ones those that are not as they were before.
+        """
+        as_before = {f.name: f.default for f in dataclasses.fields(self) if f.name not in FIRST_SETTINGS}
+        return {n: v for n, v in self.to_dict().items() if n not in as_before or getattr(self, n) != as_before[n]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> TrainConfig:

@@ -140,7 +140,7 @@ class PretrainTask(Task):
     def describe(self) -> Mapping[str, Any]:
         return {
             "task": "gradscope.tasks:PretrainTask",
-            "config": self.setting.config.non_defaults(),
+            "config": self.setting.config.identity(),
             "data": self.setting.data.digest,
         }
 

@@ -248,6 +248,7 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.stepper.optimizer.state_dict(),
             "parameter_names": self.stepper.parameter_names,
+            "data": self.setting.data.digest,
             "log": json.dumps(self.log.rows),
             "rng": torch.get_rng_state(),
         }
@@ -288,6 +289,11 @@ class _Run:
             raise CheckpointError(
                 f"{self.out}: holds a run with another {', '.join(changed)}; choose another --out, or the "
                 "settings of that run"
+            )
+        if content.get("data", self.setting.data.digest) != self.setting.data.digest:
+            raise CheckpointError(
+                f"{self.out}: holds a run on other images than {self.config.data} has now; put them back as they "
+                "were, or choose another --out"
             )
         if Schedule.from_json(content["schedule"]).stages != self.schedule.stages:
             raise CheckpointError(f"{self.out}: holds a run with another schedule; choose another --out")

@@ -23,8 +23,8 @@ from schedulers import Decay, Grid, Strategy, kept_tokens, patch_tokens, token_c
 
 FIRST_SETTINGS = frozenset(
     {
-        "budget", "method", "data", "model", "patch", "patches", "dropouts", "batch_size", "lr", "weight_decay", "warmup",
-        "decay", "decay_alpha", "head_hidden", "head_width", "temperature", "momentum", "freeze_patch_embed",
+        "budget", "method", "data", "model", "patch", "patches", "dropouts", "batch_size", "lr", "weight_decay",
+        "warmup", "decay", "decay_alpha", "head_hidden", "head_width", "temperature", "momentum", "freeze_patch_embed",
         "checkpoints", "evaluations", "seed",
     }
 )  # fmt: skip

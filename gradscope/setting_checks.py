@@ -26,7 +26,18 @@ SHARES = (
     "checkpoints", "evaluations", "momentum", "centre_momentum", "freeze_last_layer", "teacher_temperature_warmup",
     "crop_scale", "small_scale",
 )  # fmt: skip
-OF_DINO = ("head_batchnorm", "small_crops", "small_size", "small_scale", "freeze_last_layer")
+OF_METHODS = {
+    "momentum": ("mocov3", "dino"),
+    **dict.fromkeys(
+        (
+            "prototypes", "fixed_norm", "head_batchnorm", "teacher_temperature", "teacher_temperature_start",
+            "teacher_temperature_warmup", "centre_momentum", "freeze_last_layer", "small_crops", "small_size",
+            "small_scale",
+        ),
+        ("dino",),
+    ),
+}  # fmt: skip
+"""Settings that only some methods have; for the others they stay at their defaults."""
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -56,9 +67,12 @@ def check_settings(config: TrainConfig) -> None:
         scale = getattr(config, name)
         if scale and not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
             raise UsageError(f"{name}: {scale} must be the least and the most share of the image, or empty")
-    for name in OF_DINO:
-        if config.method != "dino" and getattr(config, name):
-            raise UsageError(f"{name} is {getattr(config, name)!r}; only dino has it, not {config.method}")
+    for name, methods in OF_METHODS.items():
+        default = type(config).__dataclass_fields__[name].default
+        if config.method not in methods and getattr(config, name) != default:
+            raise UsageError(
+                f"{name} is {getattr(config, name)!r}; only {' and '.join(methods)} have it, {config.method} does not"
+            )
     if config.accumulate > 1 and config.method == "simclr":
         raise UsageError(
             f"accumulate is {config.accumulate}: SimCLR's gradient flows into the negatives, so its loss cannot be had "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gradscope.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / "notebooks" / "own_model.py"
 
 
@@ -72,24 +74,41 @@ def run_main() -> int:
     return 0
 
 
-def test_every_gradscope_line_of_the_readme_is_a_command_with_known_options() -> None:
+@pytest.mark.parametrize("text", [README, TRAINING], ids=["README", "training"])
+def test_every_gradscope_line_is_a_command_with_known_options(text: str) -> None:
     import typer.main
 
     from gradscope.cli.app import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-    blocks = [block for language, block in fenced if language == "bash"]
-    lines = [
-        line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith("gradscope ")
-    ]
-    assert len(lines) >= 12
+    blocks = [block.replace("\\\n", " ") for block in fenced(text, "bash")]
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line[line.index("gradscope ") :] for line in lines if "gradscope " in line]
+    assert len(lines) >= 5
     for line in lines:
         name, *words = shlex.split(line)[1:]
         known = {
             option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
         }
         assert {word for word in words if word.startswith("-")} <= known, line
+
+
+def test_the_code_and_the_settings_of_the_training_page_work(tmp_path: Path) -> None:
+    from gradscope.cli.run_settings import make_config
+
+    (code,) = fenced(TRAINING, "python")
+    names: dict[str, object] = {}
+    exec(code, names)  # the page's own
+    assert torch.isfinite(names["loss"])  # type: ignore[arg-type]
+    (settings,) = fenced(TRAINING, "toml")
+    config = make_config({"budget": 50e6}, None, [], stored=tomllib.loads(settings)["train"])
+    assert (config.method, config.small_crops, config.crop_scale, config.clip) == ("dino", 6, (0.25, 1.0), 3.0)
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """The code blocks of a page that are of one language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
 
 
 def test_pictures_and_links_exist() -> None:

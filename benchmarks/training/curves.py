@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "training"
 FOLDER = Path(__file__).parent / "results"
 COMMAND = "python -m benchmarks.training.curves"
+AIM = 0.827  # what raw pixels give at best, over normalisations and numbers of neighbours
+DEVIATIONS = {"dino": ", with BatchNorm in the head and without small crops"}
 DATA = "fashion-mnist-10k"
 COMMON = ("--data", DATA, "--set", "evaluations=(0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1)", "--set", "checkpoints=(1,)")
 MODEL = (
@@ -87,14 +89,14 @@ def rows(folder: Path = FOLDER) -> list[Row]:
         raw = runs[0]["raw_pixels"]
         made.append(
             Row(
-                claim=f"{method}: kNN accuracy after {last[0]['units']:,.0f} units ({last[0]['samples']:,} samples); "
-                f"raw pixels {raw:.1%}",
+                claim=f"{method}{DEVIATIONS.get(method, '')}: kNN accuracy after {last[0]['units']:,.0f} units "
+                f"({last[0]['samples']:,} samples); raw pixels by the same vote {raw:.1%}",
                 value=sum(ends) / len(ends),
                 unit="",
                 low=min(ends),
                 high=max(ends),
-                aim=f"above {raw:.3f} in every run",
-                holds=min(ends) > raw,
+                aim=f"above {AIM} in every run",
+                holds=min(ends) > AIM,
                 device=runs[0]["device"],
                 date=runs[-1]["date"],
                 runs=len(ends),

@@ -23,7 +23,8 @@ _INNER_FILES = ("model.safetensors", "pytorch_model.bin")  # of a trainer's fold
 def epoch_in_name(path: Path) -> float | None:
     """The number of epochs that a file's name tells (`epoch-12`, `ckpt_12`, `vit-300ep`), or None."""
     name = path.name.replace("%3D", "=")
-    found = re.search(r"(?:epochs?|ep|checkpoint|ckpt)[-_=]?(\d+)", name) or re.search(r"(\d+)ep(?:ochs)?\b", name)
+    found = re.search(r"(?<![a-zA-Z])(?:epochs?|ep|checkpoint|ckpt)[-_=]?(\d+)", name)
+    found = found or re.search(r"(\d+)ep(?:ochs)?\b", name)
     return float(found[1]) if found else None
 
 

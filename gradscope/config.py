@@ -20,6 +20,7 @@ from gradscope.models import VIT_SIZES, VisionTransformer
 from gradscope.recipes import recipe, small_crop_size
 from gradscope.setting_checks import check_settings
 from schedulers import Decay, Grid, Strategy, kept_tokens, patch_tokens, token_cost
+from schedulers.counts import exact
 
 FIRST_SETTINGS = frozenset(
     {
@@ -149,13 +150,17 @@ class TrainConfig:
 
         Raises UsageError for a patch that does not divide the image or a dropout that keeps nothing.
         """
-        wide = range(self.patch, min(3 * self.patch, image_size) + 1)
-        patches = tuple(sorted({self.patch, *(self.patches or (p for p in wide if image_size % p == 0))}))
+        patches = self.grid_patches(image_size, self.patches)
         dropouts = tuple(sorted({0.0, *self.dropouts}))
         for patch in patches:
             for dropout in dropouts:
                 kept_tokens(patch_tokens(image_size, patch), dropout)
         return Grid({"patch": patches, "dropout": dropouts}, self.reference, {"patch": "pixel"})
+
+    def grid_patches(self, image_size: int, patches: tuple[int, ...]) -> tuple[int, ...]:
+        """Patches of the grid: the base patch with those given, or else with all up to three times it that fit."""
+        wide = range(self.patch, min(3 * self.patch, image_size) + 1)
+        return tuple(sorted({self.patch, *(patches or (p for p in wide if image_size % p == 0))}))
 
     @classmethod
     def for_run(cls, method: str, model: str, **values: Any) -> TrainConfig:
@@ -281,6 +286,7 @@ def open_setting(config: TrainConfig, data_folder: Path | None = None) -> Settin
         raise UsageError(
             f"batch_size {config.batch_size} is larger than the {data.train_count} images of {config.data}"
         )
+    config = _fitted(config, data.image_size)
     config.grid(data.image_size)
     small = config.small_crop_size(data.image_size) if config.small_crops else None
     if small is not None:
@@ -297,6 +303,19 @@ def open_setting(config: TrainConfig, data_folder: Path | None = None) -> Settin
         small_scale=_pair(config.small_scale),
     )
     return Setting(config, data, augmentations)
+
+
+def _fitted(config: TrainConfig, image_size: int) -> TrainConfig:
+    """The configuration without those values of the recipe's own grid that do not fit images of this size."""
+    usual = TrainConfig.for_run(config.method, config.model, budget=config.budget)
+    patches, dropouts = config.patches, config.dropouts
+    if patches == usual.patches:
+        patches = tuple(p for p in patches if image_size % p == 0 and p >= config.patch)
+    if dropouts == usual.dropouts and image_size % config.patch == 0:
+        widest = max(config.grid_patches(image_size, patches))
+        tokens = (image_size // widest) ** 2
+        dropouts = tuple(d for d in dropouts if tokens * (1 - exact(d)) >= 1)
+    return dataclasses.replace(config, patches=patches, dropouts=dropouts)
 
 
 def config_of(checkpoint: Mapping[str, Any], path: Path) -> TrainConfig:

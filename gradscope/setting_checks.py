@@ -73,7 +73,7 @@ def check_settings(config: TrainConfig) -> None:
             raise UsageError(
                 f"{name} is {getattr(config, name)!r}; only {' and '.join(methods)} have it, {config.method} does not"
             )
-    if config.accumulate > 1 and config.method == "simclr":
+    if config.accumulate > 1 and METHODS[config.method].two_sided:
         raise UsageError(
             f"accumulate is {config.accumulate}: SimCLR's gradient flows into the negatives, so its loss cannot be had "
             "in parts; take a smaller batch, more ranks, or precision bf16 (mocov3 keeps its keys and dino has no "

@@ -32,6 +32,7 @@ from schedulers import Schedule, Strategy, format_count
 
 LOG_ROWS = 400  # rows of the log over a whole run
 SAVE_SECONDS = 60.0
+SAVE_SHARE = 50  # a save to resume from comes after at least so many times what the last one took
 NEIGHBOURS = 20  # of the accuracy in the log, as DINO's
 AHEAD = 2  # batches of a folder that are decoded while the model works
 RESUME_FILE = "resume.pt"
@@ -165,7 +166,7 @@ class _Run:
 
     def _train(self, stop: StopFlag, ahead: Ahead[Any]) -> None:
         state, config = self.state, self.config
-        started, saved = time.monotonic() - state.seconds, time.monotonic()
+        started, saved, took = time.monotonic() - state.seconds, time.monotonic(), 0.0
         if state.step == 0:
             if 0.0 in config.evaluations and not self.log.rows:
                 self._evaluate()
@@ -178,9 +179,9 @@ class _Run:
             if state.units + step_units > config.budget:
                 return
             signal = self.ranks.agree("step and strategy", (state.step, _number(strategy)), highest=stop.signal or 0)
-            if signal or time.monotonic() - saved > SAVE_SECONDS:
-                self._save(self.out / RESUME_FILE)
-                saved = time.monotonic()
+            if signal or time.monotonic() - saved > max(SAVE_SECONDS, SAVE_SHARE * took):
+                took = self._save(self.out / RESUME_FILE)
+                started, saved = started + took, time.monotonic()
                 if signal:  # that all ranks agreed on; one that came since then waits for the next step
                     raise Interrupted(
                         f"stopped at {self.fraction:.1%} of the budget and saved; run the same command to continue",
@@ -198,7 +199,7 @@ class _Run:
             if _passed(config.evaluations, before, self.fraction):
                 started += self._evaluate()
             if _passed(config.checkpoints, before, self.fraction):
-                self._save(checkpoint_path(self.out, state.step))
+                started += self._save(checkpoint_path(self.out, state.step))
 
     def _prepare(self, step: int) -> Any:
         """The CPU's part of this rank's views of a step: the data position is a function of the step alone."""
@@ -237,9 +238,11 @@ class _Run:
         if "loss" in values:
             self.report(self.fraction, f"{values['strategy']}  loss {values['loss']:.3f}  {rate:.0f} samples/s")
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path) -> float:
+        """Write a checkpoint, on the first rank; returns the seconds it took."""
+        begun = time.monotonic()
         if not self.ranks.first:
-            return
+            return 0.0
         self.log.write()
         content = {
             **self.state.values(),
@@ -256,6 +259,7 @@ class _Run:
         if self.options.keep is not None:
             for old in list_steps(self.out)[: -self.options.keep]:
                 old.unlink()
+        return time.monotonic() - begun
 
     def _resume(self) -> None:
         """Load the furthest checkpoint of `out`, after checking that it belongs to this run."""

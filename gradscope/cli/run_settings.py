@@ -24,6 +24,8 @@ def make_config(
     import dataclasses
 
     from gradscope.config import TrainConfig
+    from gradscope.data import DATASETS
+    from gradscope.data.folder import IMAGE_SIZE
     from gradscope.errors import UsageError
 
     types = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -54,6 +56,13 @@ def make_config(
             raise UsageError(f"--set {text!r}: {key} has an option of its own, --{option}")
         values[key] = _as_tuple(read) if isinstance(types[key], tuple) else read
     values = {**kept, **values}
+    if (
+        values.get("model", "demo") == "demo"
+        and "patch" not in values
+        and values.get("data", DATASETS[0]) not in DATASETS
+    ):
+        values["patch"] = _patch_for(values.get("image_size") or IMAGE_SIZE)
+        values.setdefault("patches", ())
     return TrainConfig.for_run(values.pop("method"), values.pop("model"), **values)
 
 
@@ -114,6 +123,12 @@ def _in_tokens(plan: Schedule, path: str, cost: Callable[[Strategy], float]) -> 
         f"planned{budgets}"
     )
     return counted
+
+
+def _patch_for(image_size: int) -> int:
+    """The base patch of the demo's model for a folder of pictures: the largest that leaves 14 x 14 patches or more."""
+    fitting = (p for p in range(1, image_size + 1) if image_size % p == 0 and image_size // p >= 14)
+    return max(fitting, default=1)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

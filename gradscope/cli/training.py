@@ -50,7 +50,12 @@ def train(
         int, typer.Option(help="Pixels to which pictures of a folder are cut; 0: 224, or the data's own.")
     ] = 0,
     model: Annotated[str, typer.Option(help="demo, tiny, small or base.")] = "demo",
-    patch: Annotated[int | None, typer.Option(help="Base patch in pixels; 2 for demo, else 16.")] = None,
+    patch: Annotated[
+        int | None,
+        typer.Option(
+            help="Base patch in pixels; default 2 for demo (pictures of a folder: at least 14 x 14 patches), else 16."
+        ),
+    ] = None,
     grid: Annotated[
         str | None, typer.Option(help="Strategies for mixed runs and profiles, as patch=2,4,7;dropout=0,0.5.")
     ] = None,

@@ -151,10 +151,10 @@ def small_setting(method: str, *, norm: bool = True, data: ImageData | None = No
     values: dict[str, Any] = {
         "budget": 800.0, "batch_size": 16, "patch": 4, "patches": (4, 7), "dropouts": (0.0, 0.5), "head_hidden": 12,
         "head_width": 8, "temperature": TEMPERATURE[method], "freeze_patch_embed": method == "mocov3",
-        "prototypes": 20, "evaluations": (), "lr": 4e-3, **changes,
+        "evaluations": (), "lr": 4e-3, **changes,
     }  # fmt: skip
     if method == "dino":
-        values = {"small_crops": 2, "small_size": SMALL, **values}
+        values = {"small_crops": 2, "small_size": SMALL, "prototypes": 20, **values}
     config, data = TrainConfig(method=method, **values), data or random_data()
     augmentations = views_of(
         method, image_size=28, mean=data.mean, std=data.std, channels=1, small_count=config.small_crops,

@@ -117,7 +117,11 @@ def test_dinos_biases_and_other_vectors_do_not_decay_and_mocov3s_do() -> None:
         listed = [p for group in optimizer.param_groups for p in group["params"]]
         assert len(names) == len(set(names)) == len(trainable) == len(listed)
         assert all(trainable[name] is p for name, p in zip(names, listed, strict=True))
-        decays = {id(p): group["decays"] for group in optimizer.param_groups for p in group["params"]}
+        stepper = Stepper(setting, model, device=CPU)
+        stepper.step(0, 0.3, FULL, views_of(setting))
+        decays = {
+            id(p): group["weight_decay"] > 0 for group in stepper.optimizer.param_groups for p in group["params"]
+        }
         for name, p in trainable.items():
             assert decays[id(p)] == (decay_biases or p.dim() > 1), name
         if method == "dino":

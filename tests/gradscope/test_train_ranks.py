@@ -14,7 +14,7 @@ from gradscope.checkpoints import list_checkpoints, load_checkpoint
 from gradscope.ranks import ALONE
 from gradscope.trainer import read_log
 from tests.gradscope.ranks_job import run_ranks
-from tests.gradscope.train_ranks_job import Answer, run_function, train_double
+from tests.gradscope.train_ranks_job import Answer, run_function, step_on_nan, train_double
 
 MIXED = ["mixed"]
 CHANGES: dict[str, dict[str, Any]] = {
@@ -153,6 +153,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_leaves_no_broken_checkpoint(tmp_p
     for checkpoint in saved:
         model = load_checkpoint(checkpoint.path)["model"]
         assert all(torch.isfinite(value).all() for value in model.values()), checkpoint.path.name
+
+
+@pytest.mark.parametrize("method", ["mocov3", "dino"])
+def test_no_rank_takes_a_step_that_is_not_finite_on_another(method: str, tmp_path: Path) -> None:
+    """The loss of the other rank is finite, its averaged gradient is not."""
+    for answer in run_function(2, step_on_nan, tmp_path, method):
+        assert answer.code == 0, answer
+        raised, unmoved = answer.value
+        assert "the loss is nan" in raised and unmoved
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from gradscope.cli.run_settings import make_schedule
-from gradscope.errors import GradscopeError
+from gradscope.errors import GradscopeError, NonFiniteError
 from gradscope.methods import Part
 from gradscope.ranks import Ranks, open_ranks
+from gradscope.stepper import Stepper
 from gradscope.trainer import train
 from schedulers import Strategy
 from tests.gradscope import ranks_job
@@ -158,3 +159,23 @@ def train_until_killed(ranks: Ranks, method: str, out: Path, delay: float, chang
     begun, setting = time.monotonic(), small_setting(method, **changes)
     train(setting, make_schedule("mixed", setting), out)
     return time.monotonic() - begun
+
+
+def step_on_nan(ranks: Ranks, method: str) -> tuple[str, bool]:
+    """A step for which the last rank's query is not finite: what it raises, and whether no parameter has moved."""
+    setting = double_setting(method, norm=False)
+    model = setting.new_model()
+    stepper = Stepper(setting, model, device=torch.device("cpu"), ranks=ranks)
+    strategy = setting.config.reference
+    stepper.start([strategy])
+    views = make_views(method, 16 // ranks.size)
+    if ranks.rank == ranks.size - 1:
+        views[0][0].fill_(math.nan)
+    before = [p.clone() for p in model.parameters() if p.requires_grad]
+    try:
+        stepper.step(0, 0.5, strategy, views)
+        raised = ""
+    except NonFiniteError as error:
+        raised = str(error)
+    after = [p for p in model.parameters() if p.requires_grad]
+    return raised, all(torch.equal(p, q) for p, q in zip(before, after, strict=True))

@@ -20,7 +20,7 @@ from gradscope.checkpoints import checkpoint_path, list_steps, load_checkpoint, 
 from gradscope.config import Setting, config_of, open_setting
 from gradscope.data import Ahead, ImageData
 from gradscope.engines import derive_seed
-from gradscope.errors import CheckpointError, InfeasibleError, Interrupted, UsageError
+from gradscope.errors import CheckpointError, InfeasibleError, Interrupted, NonFiniteError, UsageError
 from gradscope.evaluation import dataset_features, knn_accuracy
 from gradscope.files import check_writable, write_text
 from gradscope.methods import Method
@@ -55,7 +55,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run spent and reached; `accuracy` is kNN accuracy in [0, 1] at the end, if evaluated."""
+    """What a finished run spent and reached; `accuracy` is kNN accuracy in [0, 1] at the end, if evaluated, `loss`
+    the last one logged."""
 
     out: Path
     step: int
@@ -63,6 +64,7 @@ class TrainResult:
     samples: int
     seconds: float
     accuracy: float | None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,10 @@ class _Run:
             stop.raise_if_set("stopped after the last step; this run is complete")
         self.log.close()
         state = self.state
-        return TrainResult(self.out, state.step, state.units, state.samples, state.seconds, self._final_accuracy())
+        loss = next((row["loss"] for row in reversed(self.log.rows) if "loss" in row), None)
+        return TrainResult(
+            self.out, state.step, state.units, state.samples, state.seconds, self._final_accuracy(), loss
+        )
 
     def _train(self, stop: StopFlag, ahead: Ahead[Any]) -> None:
         state, config = self.state, self.config
@@ -231,7 +236,9 @@ class _Run:
         if not self.ranks.first:
             return
         state = self.state
-        rate = state.samples / state.seconds if state.seconds else 0.0
+        last = next((row for row in reversed(self.log.rows) if "loss" in row), {"samples": 0, "seconds": 0.0})
+        passed = state.seconds - last["seconds"]
+        rate = (state.samples - last["samples"]) / passed if passed > 0 else 0.0
         row = {**state.values(), "fraction": self.fraction, "samples_per_second": round(rate, 1), **values}
         row["seconds"] = round(state.seconds, 3)
         self.log.add(row)
@@ -243,6 +250,10 @@ class _Run:
         begun = time.monotonic()
         if not self.ranks.first:
             return 0.0
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise NonFiniteError(
+                f"step {self.state.step}: a parameter is no longer finite; lower --lr; nothing was saved"
+            )
         self.log.write()
         content = {
             **self.state.values(),
@@ -289,6 +300,8 @@ class _Run:
 
     def _check_same_run(self, content: Mapping[str, Any], path: Path) -> None:
         changed = self.config.changed(config_of(content, path))
+        if "data" in content and content["data"] == self.setting.data.digest:
+            changed = [name for name in changed if name != "data"]  # the same images at another place
         if changed:
             raise CheckpointError(
                 f"{self.out}: holds a run with another {', '.join(changed)}; choose another --out, or the "

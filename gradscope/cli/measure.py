@@ -277,7 +277,7 @@ def open_task(
     if given:
         option = f"--{next(iter(given)).replace('_', '-')}"
         whose = f"the task {name}" if name else f"the checkpoints of {folder}"
-        raise UsageError(f"{option} is for checkpoints of other code bases; leave it out, {whose} needs it not")
+        raise UsageError(f"{option} is for checkpoints of other code bases; leave it out: {whose} has its own settings")
     if name is None:
         return PretrainTask.from_folder(folder, data_folder=data_folder, device=device)
     module_name, colon, class_name = name.partition(":")

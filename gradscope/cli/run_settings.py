@@ -56,6 +56,8 @@ def make_config(
             raise UsageError(f"--set {text!r}: {key} has an option of its own, --{option}")
         values[key] = _as_tuple(read) if isinstance(types[key], tuple) else read
     values = {**kept, **values}
+    if values.get("data", DATASETS[0]) not in DATASETS:
+        values["data"] = str(Path(values["data"]).expanduser().resolve())  # the run may be continued from elsewhere
     if (
         values.get("model", "demo") == "demo"
         and "patch" not in values
@@ -99,6 +101,11 @@ def make_schedule(text: str, setting: Setting) -> Schedule:
         cost(strategy)  # refuses a patch that does not divide the image, and a dropout that leaves no token
     if Path(text).is_file():
         plan = _in_tokens(plan, text, cost)
+        if any(abs(stage.cost / sum(w * cost(s) for s, w in stage.mixture) - 1) > 1e-3 for stage in plan.stages):
+            note(
+                f"note: {text} was made for other costs than those of {config.method} on {setting.image_size} pixels "
+                f"at patch {config.patch}; its stages keep their fractions of the budget"
+            )
         for name, here in (("budget", config.budget), ("batch_size", config.batch_size)):
             made_for = getattr(plan, name)
             if made_for is not None and abs(made_for - here) > 0.5:  # a budget may be given in whole units

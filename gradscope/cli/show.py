@@ -25,7 +25,8 @@ def show(
     from gradscope.errors import UsageError
 
     if not file.is_file():
-        raise UsageError(f"{file}: no such file; give a cube (.nc), a schedule (.json) or a checkpoint (.pt)")
+        what = "is a folder; name one of its files" if file.is_dir() else "no such file"
+        raise UsageError(f"{file}: {what}; give a cube (.nc), a schedule (.json) or a checkpoint (.pt)")
     others = dict.fromkeys((".pth", ".tar", ".ckpt", ".safetensors", ".bin"), _show_foreign)
     readers = {".nc": _show_cube, ".json": _show_schedule, ".pt": _show_checkpoint, **others}
     if file.suffix not in readers:

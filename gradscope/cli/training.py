@@ -86,7 +86,7 @@ def train(
     gradscope train --budget 300K --schedule mixed --out ckpt_dir
 
     On several GPUs: torchrun --nproc-per-node 4 -m gradscope train ... --device cuda. Settings may also stand in the
-    [train] table of a TOML file (gradscope --config FILE train ...); OUT/config.toml is one.
+    \\[train] table of a TOML file (gradscope --config FILE train ...); OUT/config.toml is one.
     """
     if schedule == "online":
         note("error: --schedule online is not built yet; use a file, a strategy, mixed or none")
@@ -125,6 +125,8 @@ def train(
             )
             if not quiet:
                 note(_described(setting))
+            if not setting.data.classes:
+                note(f"note: {config.data} has no classes, so there is no accuracy to tell")
         options = RunOptions(compiled=compiled, keep=keep, tensorboard=tensorboard, schedule_text=schedule)
         with Progress("train", quiet=quiet or silent) as progress:
             result = run(setting, plan, out, device=here, report=progress.update, options=options, ranks=ranks)
@@ -137,9 +139,11 @@ def train(
         note(f"{len(skipped)} pictures could not be read and were skipped: {', '.join(skipped[:5])}{more}")
     facts = {
         "out": str(out), "steps": result.step, "units": result.units, "samples": result.samples,
-        "seconds": round(result.seconds, 2), "knn_accuracy": result.accuracy, "skipped_pictures": skipped,
+        "seconds": round(result.seconds, 2), "loss": result.loss, "knn_accuracy": result.accuracy,
+        "skipped_pictures": skipped,
     }  # fmt: skip
     accuracy = "" if result.accuracy is None else f", kNN accuracy {result.accuracy:.1%}"
+    accuracy += "" if result.loss is None else f", last loss {result.loss:.3f}"
     emit(
         facts,
         [
@@ -151,14 +155,30 @@ def train(
 
 
 def _described(setting: Setting) -> str:
-    """The resolved configuration, in a few lines."""
-    values = setting.config.to_dict() | {"image_size": setting.image_size}
-    words = ", ".join(f"{name.replace('_', chr(160))} {_short(value)}" for name, value in values.items())
+    """The resolved configuration, in a few lines: what the method has, as it will be."""
+    from gradscope.setting_checks import OF_METHODS
+
+    config, size = setting.config, setting.new_model().backbone.size
+    first = setting.augmentations[0]
+    values = config.to_dict() | {
+        "image_size": setting.image_size, "width": size.width, "depth": size.depth, "heads": size.heads,
+        "mlp_ratio": size.mlp_ratio, "crop_scale": list(first.crop_scale), "lr": config.learning_rate(config.warmup),
+        "patches": list(config.grid_patches(setting.image_size, config.patches)),
+    }  # fmt: skip
+    values["small_size"] = config.small_crop_size(setting.image_size)
+    if config.small_crops:
+        values["small_scale"] = list(setting.augmentations[-1].crop_scale)
+    if config.weight_decay_end < 0:
+        values["weight_decay_end"] = config.weight_decay
+    left_out = {name for name, methods in OF_METHODS.items() if config.method not in methods}
+    left_out |= {"decay_alpha"} if config.decay != "polynomial" else set()
+    left_out |= set() if config.small_crops else {"small_size", "small_scale"}
+    words = ", ".join(f"{n.replace('_', chr(160))} {_short(v)}" for n, v in values.items() if n not in left_out)
     lines = textwrap.wrap(words, width=110, initial_indent="settings: ", subsequent_indent="  ")
     return "\n".join(lines).replace(chr(160), "_")
 
 
 def _short(value: object) -> str:
     if isinstance(value, list):
-        return "/".join(map(_short, value)) or "default"
+        return "/".join(map(_short, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -37,7 +37,8 @@ CHUNK = 16
 
 def to_stderr(line: str) -> None:
     """Print a line where it does not mix with results."""
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # in one piece, for lines come from several threads
+    sys.stderr.flush()
 
 
 def folder_data(folder: Path, *, image_size: int = IMAGE_SIZE, threads: int | None = None) -> FolderData:

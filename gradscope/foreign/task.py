@@ -89,7 +89,7 @@ class ForeignTask(PretrainTask):
         lines = [
             f"{self.found.layout} checkpoints, loss {self.blueprint.method}: ViT of width {size.width}, "
             f"depth {size.depth}, {size.heads} heads, patch {a.patch}, {a.positions} positions, {a.image_size} pixels",
-            f"{len(points)} of {self.run.total_epochs:g} epochs' run, at progress {shown}",
+            f"{len(points)} checkpoints of a run of {self.run.total_epochs:g} epochs, at progress {shown}",
         ]
         if self.run.left_out:
             copies = some_names([f"{copy} ({kept})" for copy, kept in self.run.left_out.items()])

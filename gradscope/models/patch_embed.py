@@ -69,7 +69,8 @@ def resize_patch_weight(weight_DCPP: Tensor, patch: int) -> Tensor:
     if patch == base:
         return weight_DCPP
     inverse_PQ: Tensor = resize_pseudo_inverse(base, patch).to(weight_DCPP)
-    return inverse_PQ.T @ weight_DCPP @ inverse_PQ
+    with torch.autocast(weight_DCPP.device.type, enabled=False):  # half precision here would be a bias of large patches
+        return inverse_PQ.T @ weight_DCPP @ inverse_PQ
 
 
 class PatchEmbed(nn.Module):

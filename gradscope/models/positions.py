@@ -41,5 +41,6 @@ def resample_table(table_1ND: Tensor, side: int) -> Tensor:
         return table_1ND
     matrix_HG = interpolation_matrix(base, side).to(table_1ND)
     grid_GGD = table_1ND[0, 1:].reshape(base, base, -1)
-    grid_HHD = torch.einsum("hg,gkd,ik->hid", matrix_HG, grid_GGD, matrix_HG)
+    with torch.autocast(table_1ND.device.type, enabled=False):
+        grid_HHD = torch.einsum("hg,gkd,ik->hid", matrix_HG, grid_GGD, matrix_HG)
     return torch.cat([table_1ND[:, :1], grid_HHD.flatten(0, 1)[None]], dim=1)

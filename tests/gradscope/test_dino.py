@@ -122,6 +122,14 @@ def test_the_head_is_the_published_one() -> None:
     assert not wide.mlp[0].bias.any()
 
 
+def test_the_head_with_batchnorm_has_it_before_each_gelu_and_nowhere_else() -> None:
+    head = dino_head(16, hidden=32, bottleneck=8, prototypes=50, batchnorm=True)
+    norm = nn.BatchNorm1d
+    kinds = [norm if isinstance(m, norm) else type(m) for m in head.mlp]
+    assert kinds == [nn.Linear, norm, nn.GELU, nn.Linear, norm, nn.GELU, nn.Linear]
+    assert [m.num_features for m in head.mlp if isinstance(m, norm)] == [32, 32]
+
+
 def test_the_last_layer_is_torchs_weight_norm() -> None:
     head = dino_head(16, hidden=32, bottleneck=8, prototypes=50, fixed_norm=False)
     plain = nn.Linear(8, 50, bias=False)

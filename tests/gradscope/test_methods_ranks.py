@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,19 @@ STRATEGIES = [Strategy(patch=4, dropout=0.5), Strategy(patch=7, dropout=0)]
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("method", "drop_path"), [("mocov3", 0.0), ("simclr", 0.0), ("dino", 0.3)])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("mocov3", {}),
+        ("simclr", {}),
+        ("dino", {"drop_path": 0.3}),
+        ("dino", {"batchnorm": True}),
+    ],
+)
 def test_ranks_compute_the_loss_and_gradient_of_the_joined_batch(
-    method: str, drop_path: float, count: int, tmp_path: Path
+    method: str, settings: dict[str, Any], count: int, tmp_path: Path
 ) -> None:
-    arguments = (method, 8, STRATEGIES, drop_path)
+    arguments = (method, 8, STRATEGIES, settings)
     alone = one_step(ALONE, *arguments)
     answers = run_function(count, one_step, tmp_path, *arguments)
     assert [a.code for a in answers] == [0] * count, answers

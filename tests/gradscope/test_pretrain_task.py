@@ -25,7 +25,7 @@ from gradscope.tasks import PretrainTask
 from gradscope.trainer import train
 from gradscope.untouched import untouched
 from schedulers import Strategy
-from tests.gradscope.small_methods import SmallSetting, small_setting
+from tests.gradscope.small_methods import SmallSetting, make_method, small_setting
 
 METHODS = ("mocov3", "simclr", "dino")
 FULL, HALF, LARGE = Strategy(patch=4, dropout=0), Strategy(patch=4, dropout=0.5), Strategy(patch=7, dropout=0)
@@ -111,6 +111,13 @@ def test_simclr_without_batchnorm_is_refused_for_its_loss() -> None:
     setting = small_setting("simclr", norm=False)
     task, model = PretrainTask(setting), setting.new_model().train()
     with pytest.raises(TaskError, match=r"the loss couples the samples of a sub-batch.*--estimator subbatch"):
+        engine_of(task, model, next(task.batches(16, 0)), "per-sample")
+
+
+def test_dino_with_batchnorm_in_its_head_is_refused_terms_of_their_own() -> None:
+    task = PretrainTask(setting_of("dino"))
+    model = make_method("dino", double=False, batchnorm=True)
+    with pytest.raises(TaskError, match=r"module 'head\.mlp\.1' couples the samples"):
         engine_of(task, model, next(task.batches(16, 0)), "per-sample")
 
 

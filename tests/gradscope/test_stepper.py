@@ -119,9 +119,7 @@ def test_dinos_biases_and_other_vectors_do_not_decay_and_mocov3s_do() -> None:
         assert all(trainable[name] is p for name, p in zip(names, listed, strict=True))
         stepper = Stepper(setting, model, device=CPU)
         stepper.step(0, 0.3, FULL, views_of(setting))
-        decays = {
-            id(p): group["weight_decay"] > 0 for group in stepper.optimizer.param_groups for p in group["params"]
-        }
+        decays = {id(p): group["weight_decay"] > 0 for group in stepper.optimizer.param_groups for p in group["params"]}
         for name, p in trainable.items():
             assert decays[id(p)] == (decay_biases or p.dim() > 1), name
         if method == "dino":

@@ -89,11 +89,11 @@ def _rank(env: dict[str, str], folder: Path, rank: int, function: Callable[..., 
         sys.exit(70)
 
 
-def one_step(ranks: Ranks, method: str, batch: int, strategies: list[Strategy], drop_path: float) -> list[Any]:
+def one_step(ranks: Ranks, method: str, batch: int, strategies: list[Strategy], settings: Any) -> list[Any]:
     """For each strategy: the mean loss, the averaged gradient and all buffers after a step's forward passes."""
     found = []
     for strategy in strategies:
-        model, views = make_method(method, drop_path=drop_path), make_views(method, batch)
+        model, views = make_method(method, **settings), make_views(method, batch)
         share = batch // ranks.size
         part = Part(ranks.rank * share, (ranks.rank + 1) * share, batch)
         model.train_on(ranks)

@@ -70,9 +70,8 @@ def check_settings(config: TrainConfig) -> None:
     for name, methods in OF_METHODS.items():
         default = type(config).__dataclass_fields__[name].default
         if config.method not in methods and getattr(config, name) != default:
-            raise UsageError(
-                f"{name} is {getattr(config, name)!r}; only {' and '.join(methods)} have it, {config.method} does not"
-            )
+            have = f"{methods[0]} has" if len(methods) == 1 else f"{' and '.join(methods)} have"
+            raise UsageError(f"{name} is {getattr(config, name)!r}; only {have} it, not {config.method}")
     if config.accumulate > 1 and METHODS[config.method].two_sided:
         raise UsageError(
             f"accumulate is {config.accumulate}: SimCLR's gradient flows into the negatives, so its loss cannot be had "

@@ -162,7 +162,8 @@ def _described(setting: Setting) -> str:
     first = setting.augmentations[0]
     values = config.to_dict() | {
         "image_size": setting.image_size, "width": size.width, "depth": size.depth, "heads": size.heads,
-        "mlp_ratio": size.mlp_ratio, "crop_scale": list(first.crop_scale), "lr": config.learning_rate(config.warmup),
+        "mlp_ratio": size.mlp_ratio, "crop_scale": list(first.crop_scale),
+        "lr": f"{config.lr:g} ({config.learning_rate(config.warmup):g} at this batch)",
         "patches": list(config.grid_patches(setting.image_size, config.patches)),
     }  # fmt: skip
     values["small_size"] = config.small_crop_size(setting.image_size)

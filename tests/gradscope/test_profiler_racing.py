@@ -128,15 +128,15 @@ def test_shared_work_is_counted_once(small_run: Path, tmp_path: Path) -> None:
     """MoCo-v3's key pass is spent once per patch size, and really made only that often."""
     task = PretrainTask.from_folder(small_run)
     calls = []
-    keys = type(task.load(task.checkpoints(small_run)[0].path)).keys
+    targets = type(task.load(task.checkpoints(small_run)[0].path)).targets
 
-    def counted(self, view, patch):  # type: ignore[no-untyped-def]
-        calls.append(patch)
-        return keys(self, view, patch)
+    def counted(self, views, strategy):  # type: ignore[no-untyped-def]
+        calls.append(strategy["patch"])
+        return targets(self, views, strategy)
 
     options = ProfileOptions(samples=48, allocation="fixed", metrics=("euclidean",), estimator="subbatch")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("gradscope.methods.mocov3.MoCoV3.keys", counted)
+        patched.setattr("gradscope.methods.mocov3.MoCoV3.targets", counted)
         _, summary = profile(task, small_run, tmp_path / "cube.nc", options=options)
     assert len(calls) == 2 + 5 * 3 * 2  # two to see that the loss repeats itself, then both patches of 15 sub-batches
     costs = {s: task.cost(s) for s in task.grid.strategies()}

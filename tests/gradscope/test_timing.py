@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradscope import Grid, Strategy
 from gradscope.errors import TaskError, UsageError
-from gradscope.methods import MoCoV3
+from gradscope.methods import MoCoV3, Views
 from gradscope.models import VIT_SIZES
 from gradscope.task import task_digest
 from gradscope.timing import MeasuredCosts, StrategyCost, SyntheticTask, measure_costs
@@ -108,13 +108,13 @@ def test_memory_of_the_bundled_model_grows_with_tokens_and_repeats_itself(bundle
 
 
 def test_every_timed_call_pays_for_the_keys(bundled: SyntheticTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, keys = [], MoCoV3.keys
+    calls, targets = [], MoCoV3.targets
 
-    def counted(self: MoCoV3, key_BCSS: Tensor, patch: int) -> Tensor:
-        calls.append(patch)
-        return keys(self, key_BCSS, patch)
+    def counted(self: MoCoV3, views: Views, strategy: Strategy) -> Tensor:
+        calls.append(strategy["patch"])
+        return targets(self, views, strategy)
 
-    monkeypatch.setattr(MoCoV3, "keys", counted)
+    monkeypatch.setattr(MoCoV3, "targets", counted)
     measure_costs(bundled, bundled.load(), GRID.strategies(), batch_size=4, repeats=3)
     assert sorted(calls) == [4] * 10 + [7] * 10  # two strategies of each patch, 3 rounds, the warm-up and the count
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradscope.checkpoints import list_checkpoints, load_checkpoint
+from gradscope.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from gradscope.cli.run_settings import make_schedule
 from gradscope.config import Setting, TrainConfig
 from gradscope.engines import derive_seed
@@ -26,7 +26,7 @@ from gradscope.evaluation import extract_features
 from gradscope.trainer import RunOptions, load_run, read_log, train
 from schedulers import Strategy, in_costs
 from tests.gradscope.small_methods import SmallSetting, random_data, small_setting
-from tests.gradscope.train_ranks_job import run_function, train_until_killed
+from tests.gradscope.train_ranks_job import run_function, train_killed_saving, train_until_killed
 
 Make = Callable[..., Setting]
 
@@ -372,6 +372,33 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_parameters(method: st
     assert_identical(whole, part)
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "run")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_run_killed_in_the_midst_of_writing_a_checkpoint_continues(number: int, tmp_path: Path) -> None:
+    changes = {"evaluations": (), "budget": 500.0}
+    setting, out = of_method("mocov3", **changes), tmp_path / "run"
+    run(setting, tmp_path / "whole")
+    arguments = ("mocov3", out, number, {**FEATURES["mocov3"], **changes})
+    (answer,) = run_function(1, train_killed_saving, tmp_path / "job", *arguments)
+    assert answer.code == -signal.SIGKILL and len(list(out.glob(".step-*.pt.*.tmp"))) == 1
+    assert len(list(out.glob("*.pt"))) == number
+    for path in out.glob("*.pt"):
+        load_checkpoint(path)
+    run(setting, out)
+    whole, part = (load_checkpoint(list_checkpoints(tmp_path / name)[-1].path) for name in ("whole", "run"))
+    assert_identical(whole, part)
+    assert not list(out.glob(".*"))
+
+
+def test_a_checkpoint_is_replaced_as_a_whole(small_run: Path) -> None:
+    """Who has the old file open goes on reading the old one: it is renamed over, not written into."""
+    path = list_checkpoints(small_run)[-1].path
+    content, before = load_checkpoint(path), path.read_bytes()
+    with path.open("rb") as stream:
+        save_checkpoint(path, {**content, "step": 99})
+        assert stream.read() == before
+    assert load_checkpoint(path)["step"] == 99 and not list(small_run.glob(".*"))
 
 
 def test_only_the_newest_checkpoints_are_kept_where_asked(tmp_path: Path) -> None:

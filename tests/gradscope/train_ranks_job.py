@@ -7,6 +7,7 @@ would end it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import os
@@ -179,3 +180,19 @@ def step_on_nan(ranks: Ranks, method: str) -> tuple[str, bool]:
         raised = str(error)
     after = [p for p in model.parameters() if p.requires_grad]
     return raised, all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
+def train_killed_saving(ranks: Ranks, method: str, out: Path, number: int, changes: Any) -> None:
+    """Train, but be killed in the midst of writing the checkpoint of that number, counted from 0."""
+    save, saved = torch.save, itertools.count()
+
+    def half(content: Any, stream: Any) -> None:
+        save(content, stream)
+        if next(saved) == number:
+            stream.truncate(stream.tell() // 2)
+            stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half  # type: ignore[assignment]  # of this process alone, which ends here
+    setting = small_setting(method, **changes)
+    train(setting, make_schedule("mixed", setting), out)

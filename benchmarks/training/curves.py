@@ -1,6 +1,7 @@
 """kNN accuracy over the budget of all three methods, beside raw pixels.
 
     python -m benchmarks.training.curves [--methods mocov3 simclr dino] [--seeds 0 1 2] [--device cpu] [--quick]
+    python -m benchmarks.training.curves --picture docs/pictures/training-curves.png
 
 Each run is one `gradscope train` on the embedded Fashion-MNIST (8,000 training and 2,000 test images, 28 pixels), with
 the settings of RUNS; accuracy is that of the 20 nearest neighbours by cosine on full-length sequences, as the
@@ -106,13 +107,30 @@ def rows(folder: Path = FOLDER) -> list[Row]:
     return made
 
 
+def draw(path: Path, folder: Path = FOLDER) -> None:
+    """The accuracy and loss of all runs in `folder` as a PNG file (needs a headless Chromium)."""
+    from benchmarks.pictures import draw_figure, find_browser
+    from gradscope.plots import plot_training
+
+    runs = {}
+    for source in sorted(folder.glob("curve-*.json")):
+        run = json.loads(source.read_text(encoding="utf-8"))
+        losses = [{"units": units, "loss": loss} for units, loss in run["losses"]]
+        runs[f"{run['method']}, seed {run['seed']}"] = [*run["points"], *losses]
+    draw_figure(find_browser(), plot_training(runs), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--methods", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="10K units each; writes nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw what is measured, and stop")
     options = parser.parse_args()
+    if options.picture:
+        draw(options.picture)
+        return
     raw = raw_pixels()
     for method in options.methods:
         for seed in options.seeds:

@@ -44,7 +44,7 @@ def made(few_images: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A folder with a short mixed run, `ckpt_dir`, and its profile, `cube.nc`."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradscope.config, "load_data", lambda name, folder=None: few_images)
+        patch.setattr(gradscope.config, "load_data", lambda name, folder=None, image_size=None: few_images)
         patch.chdir(folder)
         grid = ("--batch-size", "16", "--set", "head_hidden=16", "--set", "head_width=8", "--set", "patch=4")
         words = ["train", "--budget", "400", "--grid", "patch=4,7;dropout=0,0.5", *grid, "--schedule", "mixed"]

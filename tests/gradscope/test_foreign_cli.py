@@ -94,7 +94,7 @@ def test_profile_of_moco_v3(run: Run, moco: Path) -> None:
     code, out, err = run("profile", "moco", *SMALL, "--epochs", 20)
     assert code == 0 and "4 cells measured, 0 reused, 0 failed" in out
     assert "found: moco-v3 checkpoints, loss mocov3: ViT of width 48, depth 2, 4 heads, patch 4" in err
-    assert "found: 2 of 20 epochs' run, at progress 0.1, 0.5" in err
+    assert "found: 2 checkpoints of a run of 20 epochs, at progress 0.1, 0.5" in err
     assert "left out, of the same epoch as another: last.pth.tar (checkpoint_0009.pth.tar)" in err
     assert "warning: temperature 0.2, the recipe's for ViT: the file does not tell it" in err
     cube = open_cube(Path("cube.nc")).dataset

@@ -261,6 +261,7 @@ def open_task(
     """
     import importlib
 
+    from gradscope.checkpoints import list_checkpoints
     from gradscope.errors import TaskError, UsageError
     from gradscope.foreign import ForeignTask, holds_foreign
     from gradscope.task import Task
@@ -276,8 +277,10 @@ def open_task(
         )
     if given:
         option = f"--{next(iter(given)).replace('_', '-')}"
-        whose = f"the task {name}" if name else f"the checkpoints of {folder}"
-        raise UsageError(f"{option} is for checkpoints of other code bases; leave it out: {whose} has its own settings")
+        if name is None:
+            list_checkpoints(folder)  # a folder that is missing or empty is told first
+        whose = f"the task {name} has its" if name else f"the checkpoints of {folder} have their"
+        raise UsageError(f"{option} is for checkpoints of other code bases; leave it out: {whose} own settings")
     if name is None:
         return PretrainTask.from_folder(folder, data_folder=data_folder, device=device)
     module_name, colon, class_name = name.partition(":")

@@ -207,6 +207,7 @@ def test_cost_measures_a_task_of_ones_own_without_tokens(run) -> None:  # type: 
         (("train", "--budget", "1K", "--out", "x", "--set", "budget=5K"), 2, "has an option of its own, --budget"),
         (("train", "--budget", "1K", "--out", "x", "--grid", "patch=a,b"), 2, "take numbers"),
         (("cost", "--grid", "patch=a"), 2, "take numbers"),
+        (("profile", "nothere", "--epochs", "3"), 1, "nothere: no such folder"),
         (("cost", "--method", "byol"), 2, "unknown method 'byol'"),
         (("cost", "--measure", "--method", "byol"), 2, "unknown method 'byol'"),
         (("cost", "--measure", "--model", "huge"), 2, "model is 'huge'; it must be one of demo"),

@@ -163,7 +163,7 @@ def test_options_for_foreign_checkpoints_are_refused_for_our_own(run: Run, small
     code, _, err = run("profile", small_run, "--heads", 3)
     assert code == 2 and "--heads is for checkpoints of other code bases" in err
     code, _, err = run("profile", "pictures", "--epochs", 3)
-    assert code == 2 and "--epochs is for checkpoints of other code bases" in err
+    assert code == 1 and "pictures: holds no checkpoint" in err
 
 
 def test_costs_of_foreign_checkpoints_are_not_measured(run: Run, moco: Path) -> None:

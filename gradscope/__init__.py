@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradscope.adaptive import AdaptiveController, LoopTask
     from gradscope.cube import open_cube, profile_of, save_cube
     from gradscope.merge import merge_cubes
     from gradscope.profile_options import ProfileOptions
     from gradscope.profiler import profile
     from gradscope.task import Checkpoint, Task
     from schedulers import (
+        AdaptiveRule,
         Constraints,
         Decay,
         Grid,
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "AdaptiveController": "gradscope.adaptive",
+    "AdaptiveRule": "schedulers",
     "Checkpoint": "gradscope.task",
     "Constraints": "schedulers",
     "Decay": "schedulers",
     "Grid": "schedulers",
+    "LoopTask": "gradscope.adaptive",
     "ProfileOptions": "gradscope.profile_options",
     "Schedule": "schedulers",
     "Strategy": "schedulers",
@@ -49,10 +54,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptiveController",
+    "AdaptiveRule",
     "Checkpoint",
     "Constraints",
     "Decay",
     "Grid",
+    "LoopTask",
     "ProfileOptions",
     "Schedule",
     "Strategy",

@@ -66,6 +66,16 @@ class Progress:
         left = f"  eta {_minutes((1 - fraction) * (now - self.started) / done)}" if done > 0 else ""
         print(f"{time.strftime('%H:%M:%S')} {self.title} {fraction:4.0%}  {text}{left}", file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """A line of its own that stays, whenever it comes; also without a bar."""
+        if self.quiet:
+            return
+        line = f"{time.strftime('%H:%M:%S')} {self.title}       {text}"
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)  # type: ignore[attr-defined]
+            return
+        print(line, file=sys.stderr, flush=True)
+
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f}s" if seconds < 90 else f"{seconds / 60:.0f}m"

@@ -41,6 +41,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: torch.device | None = None
+    group: Any = None  # of torch.distributed; None: the default one
 
     @property
     def first(self) -> bool:
@@ -52,7 +53,7 @@ class Ranks:
             return flag
         count = torch.tensor([int(flag)])
         with _peers():
-            dist.all_reduce(count)
+            dist.all_reduce(count, group=self.group)
         return bool(count.item())
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class Ranks:
         self.any(False)  # a rank that is gone is noticed here, not in nccl, which would end this process unsaved
         summed = tensor.to(self.device, copy=True)
         with _peers():
-            dist.reduce(summed, 0)
+            dist.reduce(summed, 0, group=self.group)
         return summed.to(tensor.device)
 
     def gather(self, value: T) -> list[T]:
@@ -71,7 +72,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.size
         with _peers():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def collect(self, value: T) -> list[T]:
@@ -80,7 +81,7 @@ class Ranks:
             return [value]
         values: list[Any] | None = [None] * self.size if self.first else None
         with _peers():
-            dist.gather_object(value, values)
+            dist.gather_object(value, values, group=self.group)
         return values or []
 
     def gather_constant(self, tensor: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Ranks:
             return tensor
         summed = tensor.detach().clone()
         with _peers():
-            dist.all_reduce(summed)
+            dist.all_reduce(summed, group=self.group)
         return summed / self.size
 
     def mean_of(self, number: float) -> float:
@@ -119,7 +120,7 @@ class Ranks:
             return highest
         extremes = torch.tensor([highest, *numbers, *(-number for number in numbers)])
         with _peers():
-            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
         most, high, low = extremes[0], extremes[1 : len(numbers) + 1], -extremes[len(numbers) + 1 :]
         if not torch.equal(low, high):
             raise RankError(
@@ -131,7 +132,7 @@ class Ranks:
     def _gathered(self, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         with _peers():
-            dist.all_gather(parts, tensor.detach().contiguous())
+            dist.all_gather(parts, tensor.detach().contiguous(), group=self.group)
         return torch.stack(parts)
 
 
@@ -147,11 +148,24 @@ class _Gather(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         summed = gradients[0].contiguous().clone()
         with _peers():
-            dist.all_reduce(summed)
+            dist.all_reduce(summed, group=context.ranks.group)
         return summed[context.ranks.rank], None
 
 
 ALONE = Ranks()
+
+
+def current_ranks() -> Ranks:
+    """The ranks of torch.distributed's default group where somebody else has initialised it, else one process alone.
+
+    What is exchanged goes over the CPU: where the default group cannot do that, a gloo group of all ranks is made, so
+    all of them have to call this.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    with _peers():
+        group = None if "gloo" in dist.get_backend() else dist.new_group(backend="gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), group)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, UsageError
 from gradscope.methods import METHODS, Method
 from gradscope.pilot import stages_json
+from gradscope.ranks import ALONE
 from gradscope.stepper import second_moments
 from gradscope.task import Checkpoint, Task
 from schedulers import Grid, Schedule, Strategy, TokenCounts, paper_cost, patch_tokens, token_counts
@@ -157,6 +158,20 @@ class PretrainTask(Task):
             "budget": self.setting.config.budget,
             "stages": stages_json(schedule),
         }
+
+
+class TrainingTask(PretrainTask):
+    """The task of a run while it trains: the model is the one in training, and every rank probes by itself."""
+
+    def sample_losses(
+        self, model: nn.Module, batch: tuple[Tensor, ...], strategy: Strategy, generator: torch.Generator
+    ) -> Tensor:
+        assert isinstance(model, Method)
+        model.train_on(ALONE)  # a probe puts back what training had; its ranks have sub-batches of their own
+        return super().sample_losses(model, batch, strategy, generator)
+
+    def training(self, folder: Path) -> Mapping[str, Any]:
+        return {}
 
 
 class _PerBatch:

@@ -20,15 +20,16 @@ from gradscope.checkpoints import checkpoint_path, list_steps, load_checkpoint, 
 from gradscope.config import Setting, config_of, open_setting
 from gradscope.data import Ahead, ImageData
 from gradscope.engines import derive_seed
-from gradscope.errors import CheckpointError, InfeasibleError, Interrupted, NonFiniteError, UsageError
+from gradscope.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
 from gradscope.evaluation import dataset_features, knn_accuracy
 from gradscope.files import check_writable, write_text
 from gradscope.methods import Method
+from gradscope.plans import OfflinePlan, OnlinePlan, Plan
 from gradscope.ranks import ALONE, Ranks
 from gradscope.runlog import LOG_FILE, RunLog, read_log
 from gradscope.signals import StopFlag
 from gradscope.stepper import Stepper
-from schedulers import Schedule, Strategy, format_count
+from schedulers import AdaptiveRule, Schedule
 
 LOG_ROWS = 400  # rows of the log over a whole run
 SAVE_SECONDS = 60.0
@@ -73,13 +74,15 @@ class RunOptions:
 
     `compiled`: torch.compile, one graph per strategy, all made before the first step. `keep`: newest checkpoints of
     progress that stay, None all of them (a profile wants them all). `tensorboard`: event files beside the log.
-    `schedule_text`: the schedule as the command line has it, for `config.toml`.
+    `schedule_text`: the schedule as the command line has it, for `config.toml`. `charge_probes`: whether the budget
+    pays for the probes of a run that decides by itself; off only to compare such runs.
     """
 
     compiled: bool = False
     keep: int | None = None
     tensorboard: bool = False
     schedule_text: str = ""
+    charge_probes: bool = True
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.keep < 1:
@@ -88,24 +91,27 @@ class RunOptions:
 
 def train(
     setting: Setting,
-    schedule: Schedule,
+    schedule: Schedule | AdaptiveRule,
     out: Path,
     *,
     device: torch.device | None = None,
     report: Report | None = None,
     options: RunOptions | None = None,
     ranks: Ranks = ALONE,
+    tell: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train until the budget is spent to within one step; continue where `out` left off.
 
-    Writes to `out`: `step-*.pt` at `config.checkpoints` and at the end, `log.jsonl`, `config.toml`, `resume.pt`
-    (removed at the end). `ranks` each call this with the same arguments; the first one writes. Raises InfeasibleError
-    when the budget does not pay for one step, CheckpointError when `out` holds another run, NonFiniteError when the
-    loss is, Interrupted on a signal, after saving.
+    `schedule`: what runs when, or the rule by which it is decided while training runs. Writes to `out`: `step-*.pt`
+    at `config.checkpoints` and at the end, `log.jsonl`, `config.toml`, `resume.pt` (removed at the end); of a run that
+    decides by itself `cube.nc`, what it measured, and `schedule.json`, what it ran. `ranks` each call this with the
+    same arguments; the first one writes. Raises InfeasibleError when the budget does not pay for one step,
+    CheckpointError when `out` holds another run, NonFiniteError when the loss is, Interrupted on a signal, after
+    saving. `tell` gets what a run decides by itself, in one line each.
     """
     run = _Run(
         setting, schedule, out, device or torch.device("cpu"), report or (lambda fraction, text: None),
-        options or RunOptions(), ranks,
+        options or RunOptions(), ranks, tell or (lambda text: None),
     )  # fmt: skip
     return run.finish()
 
@@ -116,33 +122,38 @@ class _Run:
     def __init__(
         self,
         setting: Setting,
-        schedule: Schedule,
+        schedule: Schedule | AdaptiveRule,
         out: Path,
         device: torch.device,
         report: Report,
         options: RunOptions,
         ranks: Ranks,
+        tell: Callable[[str], None],
     ) -> None:
-        self.setting, self.config, self.schedule = setting, setting.config, schedule
+        self.setting, self.config = setting, setting.config
         self.out, self.device, self.report, self.options, self.ranks = out, device, report, options, ranks
-        if schedule.cost_model != "tokens":
-            raise UsageError(
-                f"the schedule is counted in units of the cost model {schedule.cost_model!r}, the trainer tokens; "
-                "convert it with schedulers.in_costs(schedule, cost, 'tokens')"
-            )
+        if isinstance(schedule, Schedule):
+            OfflinePlan(schedule, setting)  # refuses what cannot be run before a model is made
         self.model: Method = setting.new_model().to(device).train()
-        self.strategies = [s for s in schedule.strategies]
-        self.costs = {strategy: self.model.cost(strategy) for strategy in self.strategies}
-        self._check_budget()
         self.stepper = Stepper(setting, self.model, device=device, ranks=ranks, compiled=options.compiled)
         self.state = RunState()
+        self.plan: Plan = (
+            OfflinePlan(schedule, setting)
+            if isinstance(schedule, Schedule)
+            else OnlinePlan(
+                schedule, setting, self.model, self.stepper.optimizer, out,
+                device=device, ranks=ranks, report=tell, charge=options.charge_probes,
+            )
+        )  # fmt: skip
+        self.state.units = self.plan.units
+        self.costs = {strategy: self.model.cost(strategy) for strategy in self.plan.strategies}
         self.log = RunLog(out, tensorboard=options.tensorboard and ranks.first)
         self.order = lru_cache(maxsize=2)(lambda epoch: setting.shuffled(epoch, self.config.seed))
         self._resume()
         if ranks.first:
             named = {"schedule": options.schedule_text} if options.schedule_text else {}
             write_text(out / CONFIG_FILE, self.config.to_toml(**named))
-        self.stepper.start(self.strategies)
+        self.stepper.start(self.plan.strategies)
 
     @property
     def fraction(self) -> float:
@@ -160,6 +171,7 @@ class _Run:
                 self._save(last)
             if self.ranks.first:
                 (self.out / RESUME_FILE).unlink(missing_ok=True)
+                self.plan.finish(self.out)
                 self.log.write()
             stop.raise_if_set("stopped after the last step; this run is complete")
         self.log.close()
@@ -179,7 +191,7 @@ class _Run:
                 self._save(checkpoint_path(self.out, 0))
             started = time.monotonic()
         while True:
-            strategy = self.schedule.draw(self.fraction, seed=config.seed, step=state.step)
+            strategy = self.plan.at(state.step, self.fraction)
             step_units = config.batch_size * self.costs[strategy]
             if state.units + step_units > config.budget:
                 return
@@ -195,10 +207,13 @@ class _Run:
             before = self.fraction
             views = self.setting.finish(ahead.take(state.step), self.device)
             loss, lr = self.stepper.step(state.step, before, strategy, views)
+            besides, news = self.plan.observe(state.step, before)
             state.step += 1
-            state.units += step_units
+            state.units += step_units + besides
             state.samples += config.batch_size
             state.seconds = time.monotonic() - started
+            if news is not None:
+                self._log(**news)
             if int(self.fraction * LOG_ROWS) > int(before * LOG_ROWS) or state.step == 1:
                 self._log(strategy=str(strategy), loss=loss, lr=lr)
             if _passed(config.evaluations, before, self.fraction):
@@ -258,7 +273,7 @@ class _Run:
         content = {
             **self.state.values(),
             "config": self.config.to_dict(),
-            "schedule": self.schedule.to_json(),
+            **self.plan.content(),
             "model": self.model.state_dict(),
             "optimizer": self.stepper.optimizer.state_dict(),
             "parameter_names": self.stepper.parameter_names,
@@ -281,15 +296,17 @@ class _Run:
             if path.exists():
                 content = load_checkpoint(path)
                 self._check_same_run(content, path)
+                self.plan.load(content, path)
                 if furthest is None or content["step"] > furthest["step"]:
                     furthest = content
-        run = json.dumps([self.config.to_dict(), self.schedule.to_json(), self.setting.data.digest])
+        run = json.dumps([self.config.to_dict(), self.plan.text, self.setting.data.digest])
         self.ranks.agree("settings, schedule or data", (_number(run),))
         self.ranks.agree("the step to continue from", (-1 if furthest is None else furthest["step"],))
         if furthest is None:
             if self.ranks.first:
                 check_writable(self.out / LOG_FILE)
             return
+        self.plan.load(furthest, self.out / RESUME_FILE)
         self.model.load_state_dict(furthest["model"])
         self.stepper.optimizer.load_state_dict(furthest["optimizer"])
         torch.set_rng_state(furthest["rng"])
@@ -311,19 +328,6 @@ class _Run:
             raise CheckpointError(
                 f"{self.out}: holds a run on other images than {self.config.data} has now; put them back as they "
                 "were, or choose another --out"
-            )
-        if Schedule.from_json(content["schedule"]).stages != self.schedule.stages:
-            raise CheckpointError(f"{self.out}: holds a run with another schedule; choose another --out")
-
-    def _check_budget(self) -> None:
-        mixture = [strategy for strategy, weight in self.schedule.at(0.0).mixture if weight > 0]
-        dearest: Strategy = max(mixture, key=lambda strategy: self.costs[strategy])
-        smallest = self.config.batch_size * self.costs[dearest]
-        if self.config.budget < smallest:
-            raise InfeasibleError(
-                f"budget {format_count(self.config.budget)} does not pay for one step of {dearest} with a batch of "
-                f"{self.config.batch_size}; the smallest budget that does is {smallest:.0f}",
-                smallest=smallest,
             )
 
 

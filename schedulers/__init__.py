@@ -4,6 +4,8 @@ Strategies and grids, costs, criteria, the dynamic program that turns a profile 
 schedules as values and as JSON, learning-rate decay over the budget.
 """
 
+from schedulers.adaptive import AdaptivePolicy
+from schedulers.adaptive_rule import AdaptiveRule, Decision, ProbePlan, Verdict
 from schedulers.comparison import Comparison, Segment, compare_schedules
 from schedulers.constraints import Constraints
 from schedulers.costs import (
@@ -20,6 +22,7 @@ from schedulers.counts import format_count, parse_count
 from schedulers.criteria import CRITERIA, MOMENTS, Criterion, Moments, criterion_se, get_criterion, readable
 from schedulers.decay import DECAY_KINDS, Decay
 from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, UsageError
+from schedulers.evidence import Measurement
 from schedulers.optimizer import optimize, predict, reference_progress, smallest_budget
 from schedulers.profile import Profile
 from schedulers.program import solve
@@ -42,16 +45,21 @@ __all__ = [
     "DECAY_KINDS",
     "METHOD_FORMULAS",
     "MOMENTS",
+    "AdaptivePolicy",
+    "AdaptiveRule",
     "AxisValue",
     "Comparison",
     "Constraints",
     "CostFormula",
     "Criterion",
     "Decay",
+    "Decision",
     "GradscopeError",
     "Grid",
     "InfeasibleError",
+    "Measurement",
     "Moments",
+    "ProbePlan",
     "Profile",
     "RaceRule",
     "Schedule",
@@ -61,6 +69,7 @@ __all__ = [
     "Strategy",
     "TokenCounts",
     "UsageError",
+    "Verdict",
     "boundary_cells",
     "compare_schedules",
     "constant_schedule",

@@ -9,8 +9,14 @@ Shapes: C strategies, A mixtures, anything else in front.
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from schedulers.strategy import Strategy
 
 FloatArray = NDArray[np.float64]
 
@@ -38,3 +44,22 @@ def mixed(share: FloatArray, values: FloatArray) -> FloatArray:
     total = np.where(known, values, 0.0) @ share.T
     missing = (~known).astype(np.float64) @ (share > 0).astype(np.float64).T
     return np.where(missing > 0, np.nan, total)
+
+
+def draw_from(mixture: Sequence[tuple[Strategy, float]], *, seed: int, step: int) -> Strategy:
+    """One strategy of a mixture, by a hash of seed and step alone: the same on every rank and after every resume."""
+    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+    level = int.from_bytes(digest, "big") / 2**64
+    passed = 0.0
+    for strategy, weight in mixture:
+        passed += weight
+        if level < passed:
+            return strategy
+    return next(strategy for strategy, weight in reversed(mixture) if weight > 0)
+
+
+def mixture_by_budget(shares: Sequence[tuple[Strategy, float, float]]) -> tuple[tuple[Strategy, float], ...]:
+    """Probabilities per step from (strategy, share of the budget, units per sample): w proportional to share / C."""
+    drawn = [(strategy, share / cost) for strategy, share, cost in shares if share > 0]
+    total = math.fsum(weight for _, weight in drawn)
+    return tuple((strategy, weight / total) for strategy, weight in drawn)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,6 +18,7 @@ from typing import Any
 from schedulers.counts import exact
 from schedulers.errors import GradscopeError, ScheduleError, UsageError
 from schedulers.fields import Fields, parse_json
+from schedulers.mixing import draw_from
 from schedulers.stage import Stage as Stage  # part of this module for those who build schedules
 from schedulers.stage import check_stage, stage_from_json, stage_to_json
 from schedulers.strategy import Strategy
@@ -81,15 +81,7 @@ class Schedule:
 
         A pure function: every rank, and a run that is resumed, draws the same.
         """
-        mixture = self.at(fraction).mixture
-        digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
-        level = int.from_bytes(digest, "big") / 2**64
-        passed = 0.0
-        for strategy, weight in mixture:
-            passed += weight
-            if level < passed:
-                return strategy
-        return next(strategy for strategy, weight in reversed(mixture) if weight > 0)
+        return draw_from(self.at(fraction).mixture, seed=seed, step=step)
 
     def stage_samples(self, stage: Stage) -> float:
         """Samples that the stage's share of the budget pays for: (end − start) · budget / cost.

@@ -10,7 +10,7 @@ from gradscope.cli.console import note, parse_grid_axes
 
 if TYPE_CHECKING:
     from gradscope.config import Setting, TrainConfig
-    from schedulers import Schedule, Strategy
+    from schedulers import AdaptiveRule, Schedule, Strategy
 
 
 def make_config(
@@ -68,6 +68,15 @@ def make_config(
     return TrainConfig.for_run(values.pop("method"), values.pop("model"), **values)
 
 
+def make_plan(text: str, setting: Setting) -> Schedule | AdaptiveRule:
+    """What an option's text names: `online` with its rule, or a schedule."""
+    from schedulers import AdaptiveRule
+
+    if text == "online" or text.startswith("online:"):
+        return AdaptiveRule.parse(text.partition(":")[2])
+    return make_schedule(text, setting)
+
+
 def make_schedule(text: str, setting: Setting) -> Schedule:
     """The schedule that an option's text names: none, mixed, stages, or a file. Checks that the model can run it.
 
@@ -90,7 +99,7 @@ def make_schedule(text: str, setting: Setting) -> Schedule:
     else:
         raise UsageError(
             f"--schedule {text!r}: no such file; give a schedule file, a strategy such as "
-            "patch=4,dropout=0.5, stages such as patch=7@0.4;patch=2, mixed or none"
+            "patch=4,dropout=0.5, stages such as patch=7@0.4;patch=2, mixed, online or none"
         )
     for strategy in plan.strategies:
         for axis in strategy:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradscope.cli.console import SETTINGS, Budget, DataFolder, Device, Json, Quiet, Seed, emit, note, open_device
-from gradscope.cli.run_settings import make_config, make_schedule
+from gradscope.cli.run_settings import make_config, make_plan
 
 if TYPE_CHECKING:
     from gradscope.config import Setting
@@ -26,7 +26,8 @@ def train(
     schedule: Annotated[
         str,
         typer.Option(
-            help="A schedule file, [bold]mixed[/bold] (every step draws from the grid), none, or a short text; "
+            help="A schedule file, [bold]mixed[/bold] (every step draws from the grid), [bold]online[/bold] (decided "
+            "while training runs; online:overhead=0.05,finish=0 changes its rule), none, or a short text; "
             "quote it, since ; > and * mean something to a shell. A strategy: patch=4,dropout=0.5. Stages, each until "
             "a fraction of the budget: 'patch=7@0.4;patch=2'. Ramps in equal parts: 'dropout=0.8->0/5@0.6;patch=2' "
             "(five parts, at .8, .6, .4, .2, 0), 'patch=14>7>4>2'. Mixtures, drawn at every step: "
@@ -88,9 +89,6 @@ def train(
     On several GPUs: torchrun --nproc-per-node 4 -m gradscope train ... --device cuda. Settings may also stand in the
     \\[train] table of a TOML file (gradscope --config FILE train ...); OUT/config.toml is one.
     """
-    if schedule == "online":
-        note("error: --schedule online is not built yet; use a file, a strategy, mixed or none")
-        raise typer.Exit(2)
     from gradscope.config import open_setting
     from gradscope.data.folder import FolderData
     from gradscope.progress import Progress
@@ -115,7 +113,7 @@ def train(
     with open_ranks(lambda: open_device(device)) as (ranks, here):
         config = make_config(values, grid, settings or [], context.meta.get(SETTINGS))
         setting = open_setting(config, data_folder)
-        plan = make_schedule(schedule, setting)
+        plan = make_plan(schedule, setting)
         silent = as_json or not ranks.first
         if not silent:
             over = f" over {ranks.size} ranks" if ranks.size > 1 else ""
@@ -129,7 +127,16 @@ def train(
                 note(f"note: {config.data} has no classes, so there is no accuracy to tell")
         options = RunOptions(compiled=compiled, keep=keep, tensorboard=tensorboard, schedule_text=schedule)
         with Progress("train", quiet=quiet or silent) as progress:
-            result = run(setting, plan, out, device=here, report=progress.update, options=options, ranks=ranks)
+            result = run(
+                setting,
+                plan,
+                out,
+                device=here,
+                report=progress.update,
+                options=options,
+                ranks=ranks,
+                tell=progress.note,
+            )
         here_skipped = setting.data.skipped if isinstance(setting.data, FolderData) else ()
         skipped = sorted({str(path) for paths in ranks.gather(here_skipped) for path in paths})
     if not ranks.first:

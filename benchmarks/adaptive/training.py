@@ -1,0 +1,374 @@
+"""Accuracy at equal budget: the online mode beside no acceleration, constants, and schedules made offline.
+
+    python -m benchmarks.adaptive.training [--seeds 0 1 2] [--arms online ...] [--budget 600K] [--workers 2] [--quick]
+    python -m benchmarks.adaptive.training --picture docs/pictures/online-accuracy.png
+
+Every arm is one `gradscope train` of MoCo-v3 and the demo's ViT on the embedded Fashion-MNIST with the recipe's
+defaults, a batch of 64 and the strategies of GRID; its accuracy is that of the 20 nearest neighbours, as the trainer
+logs it at each quarter of the budget. The offline arms need a whole earlier run, their pilot, and a profile of its
+five checkpoints, raced by the criterion that the schedule is then made by. Both are told beside their accuracy and
+are not part of their budget; the probes of the online arm are part of its. Runs, cubes and schedules lie in
+`build/adaptive` and are continued there; `results/training-<seed>.json` keeps what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import device_text
+from benchmarks.summary import Row, table
+from gradscope.config import TrainConfig
+from gradscope.cube import open_cube
+from gradscope.errors import GradscopeError
+from gradscope.files import write_text
+from gradscope.runlog import read_log
+from schedulers import load_schedule, parse_count
+
+ROOT = Path(__file__).parents[2]
+WORK = ROOT / "build" / "adaptive"
+FOLDER = Path(__file__).parent / "results"
+COMMAND = "python -m benchmarks.adaptive.training"
+PATCH = 4
+PATCHES, DROPOUTS = (4, 7, 14), (0.0, 0.5)
+GRID = f"patch={','.join(map(str, PATCHES))};dropout={','.join(f'{d:g}' for d in DROPOUTS)}"
+BUDGET = 600e3
+BATCH = 64
+IMAGE_SIZE = 28
+PROFILE_SHARE = 0.25  # of the budget: what a profile may cost at most
+LEAST_SUB_BATCHES = 8  # of a cell, below which a profile's race does not start
+OVERHEAD = 0.03  # of the budget: what the probes of the online arm may cost
+QUICK_ONLINE = "online:overhead=0.9"  # 3 % of a tiny budget does not pay for a probe
+SHOWN = "none; shown for comparison"
+
+
+@dataclass(frozen=True)
+class Offline:
+    """An arm whose schedule is made from a profile of another arm's checkpoints.
+
+    `decision`: options of both `profile` and `optimize`; `optimize`: further ones of the latter.
+    """
+
+    pilot: str
+    decision: tuple[str, ...] = ()
+    optimize: tuple[str, ...] = ()
+
+
+CONSTANTS = {
+    "patch4-dropout0.5": "patch=4,dropout=0.5",
+    "patch7": "patch=7",
+    "patch7-dropout0.5": "patch=7,dropout=0.5",
+}
+OFFLINE = {
+    "paper": Offline("none", ("--criterion", "ca-mse", "--metric", "euclidean"), ("--progress", "fraction")),
+    "descent": Offline("mixed"),
+}
+SCHEDULES = {"none": "none", "mixed": "mixed", **CONSTANTS}
+ARMS = ("none", "mixed", *CONSTANTS, *OFFLINE, "online")
+"""In the order in which they run: a pilot before what needs it."""
+
+TITLES = {
+    "none": "no acceleration",
+    "mixed": "every step drawn from the grid",
+    "paper": "the paper's offline schedule (ca-mse, profile of the run without acceleration)",
+    "descent": "offline schedule by descent (profile of the mixed run)",
+    "online": "online, probes charged",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs have in common; `folder` is where they lie."""
+
+    budget: float
+    device: str
+    folder: Path
+    samples: int  # most per cell of a profile
+    online: str = "online"
+    train: tuple[str, ...] = ()  # more options of `gradscope train`
+    quiet: bool = False
+
+    def path(self, arm: str, seed: int, ending: str = "") -> Path:
+        return self.folder / f"{arm}-{seed}{ending}"
+
+    def gradscope(self, *arguments: str) -> None:
+        """Run the command on one thread. Raises CalledProcessError when it fails."""
+        command = [sys.executable, "-m", "gradscope", *arguments]
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Options of the commands that show their progress: none of it where several run side by side."""
+        return ("--device", self.device, *(["--quiet"] if self.quiet else []))
+
+
+def profile_samples(budget: float, checkpoints: int) -> int:
+    """Most samples per cell with which a profile costs at most PROFILE_SHARE of `budget`, in whole sub-batches.
+
+    Never fewer than LEAST_SUB_BATCHES of them.
+    """
+    config = TrainConfig.for_run("mocov3", "demo", budget=budget, patch=PATCH, patches=PATCHES, dropouts=DROPOUTS)
+    costs = [config.cost(IMAGE_SIZE, strategy) for strategy in config.grid(IMAGE_SIZE).strategies()]
+    sub_batches = int(PROFILE_SHARE * budget / (checkpoints * sum(costs) * BATCH))
+    return BATCH * max(sub_batches, LEAST_SUB_BATCHES)
+
+
+def run_arm(setup: Setup, arm: str, seed: int) -> dict[str, Any]:
+    """Train one arm, or continue it, and tell what it reached and cost, as JSON values."""
+    offline = OFFLINE.get(arm)
+    extra: dict[str, Any] = {}
+    if offline is None:
+        schedule = setup.online if arm == "online" else SCHEDULES[arm]
+    else:
+        schedule, extra = make_schedule(setup, arm, offline, seed)
+    out = setup.path(arm, seed)
+    setup.gradscope(
+        "train", "--budget", f"{setup.budget:.0f}", "--schedule", schedule, "--method", "mocov3",
+        "--data", "fashion-mnist-10k", "--patch", str(PATCH), "--grid", GRID, "--batch-size", str(BATCH),
+        "--seed", str(seed), "--out", str(out), *setup.train, *setup.watched,
+    )  # fmt: skip
+    log = read_log(out)
+    if arm == "online":
+        extra = {**probe_facts(out, log), "stages": stages_of(out / "schedule.json")}
+    kept = ("step", "units", "samples", "seconds", "accuracy")
+    return {
+        "points": [{name: row[name] for name in kept} for row in log if "accuracy" in row],
+        **extra,
+        "date": str(datetime.date.today()),
+    }
+
+
+def make_schedule(setup: Setup, arm: str, offline: Offline, seed: int) -> tuple[str, dict[str, Any]]:
+    """Profile the pilot and optimize: the schedule's file, and what it cost and is."""
+    pilot, cube = setup.path(offline.pilot, seed), setup.path(arm, seed, ".nc")
+    plan = setup.path(arm, seed, ".json")
+    setup.gradscope(
+        "profile", str(pilot), "-o", str(cube), "--samples", str(setup.samples), "--seed", str(seed),
+        *offline.decision, *setup.watched,
+    )  # fmt: skip
+    setup.gradscope(
+        "optimize", str(cube), "--budget", f"{setup.budget:.0f}", "--out", str(plan),
+        *offline.decision, *offline.optimize,
+    )  # fmt: skip
+    facts = {
+        "pilot": offline.pilot,
+        "pilot_units": read_log(pilot)[-1]["units"],
+        "profile_units": float(open_cube(cube).attrs["units"]),
+        "stages": stages_of(plan),
+    }
+    return str(plan), facts
+
+
+def stages_of(path: Path) -> list[list[Any]]:
+    """(start, end, probability per step of each strategy) of the stages of a schedule's file, by fraction of budget."""
+    return [
+        [round(stage.start, 4), round(stage.end, 4), {str(strategy): round(p, 4) for strategy, p in stage.mixture}]
+        for stage in load_schedule(path).stages
+    ]
+
+
+def probe_facts(out: Path, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the probes of an online run cost, in units and in seconds.
+
+    The units are those of the schedule, which also counts the samples on which strategies were tried at the start.
+    """
+    probes = [row for row in log if "probe" in row]
+    units = float(load_schedule(out / "schedule.json").constraints["probe_units"])
+    seconds = sum(row["probe_seconds"] for row in probes)
+    return {"probes": len(probes), "probe_units": units, "probe_seconds": round(seconds, 3)}
+
+
+def run_all(
+    setup: Setup, arms: Sequence[str], seeds: Sequence[int], workers: int
+) -> Iterator[tuple[str, int, Future[dict[str, Any]]]]:
+    """Every arm for every seed, arm after arm, as each is done; a pilot that was not asked for runs all the same.
+
+    An offline arm waits for its pilot, which has begun before it, so that workers cannot wait for each other.
+    """
+    wanted = {*arms, *(OFFLINE[arm].pilot for arm in arms if arm in OFFLINE)}
+    waiting: dict[tuple[str, int], Future[dict[str, Any]]] = {}
+
+    def after_pilot(arm: str, seed: int) -> dict[str, Any]:
+        pilot = OFFLINE[arm].pilot if arm in OFFLINE else None
+        if pilot is not None and waiting[pilot, seed].exception() is not None:
+            raise GradscopeError(f"its pilot {pilot}-{seed} failed")
+        return run_arm(setup, arm, seed)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for arm in (arm for arm in ARMS if arm in wanted):
+            for seed in seeds:
+                waiting[arm, seed] = pool.submit(after_pilot, arm, seed)
+        names = {future: name for name, future in waiting.items()}
+        try:
+            for future in as_completed(names):
+                yield *names[future], future
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _told(error: subprocess.CalledProcessError | GradscopeError) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"gradscope {error.cmd[3]} ended with exit code {error.returncode}"
+    return str(error)
+
+
+def read_results(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob("training-*.json"))
+    return sorted((json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda found: found["seed"])
+
+
+def rows(folder: Path = FOLDER) -> list[Row]:
+    """Rows for `summary.json` from the result files in `folder`."""
+    return rows_of(read_results(folder))
+
+
+def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """Accuracy of every arm, what the online arm differs by from the best other one, what came on top of the runs."""
+    if not results:
+        return []
+    present = [arm for arm in ARMS if any(arm in found["arms"] for found in results)]
+    complete = [found for found in results if set(present) <= set(found["arms"])]
+    means = {arm: statistics.fmean(_values(complete or results, arm, _final)) for arm in present}
+    best_constant = max((arm for arm in CONSTANTS if arm in means), key=means.__getitem__, default=None)
+    others = [arm for arm in present if arm != "online"]
+    after = f"after {results[0]['budget']:,.0f} units"
+    row = _row_maker(results)
+    made = []
+    for arm in present:
+        title = TITLES.get(arm) or f"constant {CONSTANTS[arm]}" + (", the best constant" * (arm == best_constant))
+        online = arm == "online" and bool(others)
+        aim = "mean no worse than the best of the others'" if online else SHOWN
+        holds = not online or means[arm] >= max(means[other] for other in others)
+        made.append(row(f"kNN accuracy {after}: {title}", _values(results, arm, _final), "fraction", aim, holds))
+    if complete and "online" in present and others:
+        made.append(_paired(row, complete, max(others, key=means.__getitem__)))
+    for arm in (arm for arm in OFFLINE if arm in present):
+        shares = _values(results, arm, lambda run, budget: run["profile_units"] / budget)
+        made.append(row(f"cost of the profile for '{arm}' over the budget of one run", shares, "fraction", SHOWN, True))
+        shares = _values(results, arm, lambda run, budget: (run["pilot_units"] + run["profile_units"]) / budget)
+        made.append(
+            row(f"cost of pilot and profile for '{arm}' over the budget of one run", shares, "fraction", SHOWN, True)
+        )
+    if "online" in present:
+        shares = _values(results, "online", lambda run, budget: run["probe_units"] / budget)
+        holds = max(shares) <= OVERHEAD
+        claim = "online: units of the probes over the budget"
+        made.append(row(claim, shares, "fraction", f"at most {OVERHEAD} in every run", holds))
+        shares = _values(results, "online", lambda run, budget: run["probe_seconds"] / run["points"][-1]["seconds"])
+        claim = "online: seconds of the probes over those of training"
+        made.append(row(claim, shares, "fraction", SHOWN, True))
+    return made
+
+
+def _paired(row: Callable[..., Row], results: Sequence[dict[str, Any]], best: str) -> Row:
+    """Online minus the arm `best`, seed by seed."""
+    pairs = zip(_values(results, "online", _final), _values(results, best, _final), strict=True)
+    differences = [online - other for online, other in pairs]
+    no_worse = sum(difference >= 0 for difference in differences)
+    claim = (
+        f"kNN accuracy, online minus the best other arm by its mean ('{best}'), paired by seed; no worse in {no_worse} "
+        f"of {len(differences)}"
+    )
+    aim = "no worse within the spread: the range over the seeds reaches 0"
+    return row(claim, differences, "fraction", aim, max(differences) >= 0)
+
+
+def _final(run: dict[str, Any], budget: float) -> float:
+    return float(run["points"][-1]["accuracy"])
+
+
+def _values(
+    results: Sequence[dict[str, Any]], arm: str, value: Callable[[dict[str, Any], float], float]
+) -> list[float]:
+    """`value` of a run and its budget, for every seed that has the arm."""
+    return [value(found["arms"][arm], found["budget"]) for found in results if arm in found["arms"]]
+
+
+def _row_maker(results: Sequence[dict[str, Any]]) -> Callable[[str, Sequence[float], str, str, bool], Row]:
+    device = " and ".join(sorted({found["device"] for found in results}))
+    date = max(run["date"] for found in results for run in found["arms"].values())
+
+    def row(claim: str, values: Sequence[float], unit: str, aim: str, holds: bool) -> Row:
+        value, low, high = (round(v, 4) for v in (statistics.fmean(values), min(values), max(values)))
+        return Row(f"training: {claim}", value, unit, low, high, aim, holds, device, date, len(values), COMMAND)
+
+    return row
+
+
+def draw(path: Path, folder: Path = FOLDER) -> None:
+    """Mean accuracy of every arm over the budget as a PNG file (needs a headless Chromium)."""
+    from benchmarks.pictures import draw_figure, find_browser
+    from gradscope.plots import plot_training
+
+    results = read_results(folder)
+    curves = {}
+    for arm in ARMS:
+        runs = [found["arms"][arm]["points"] for found in results if arm in found["arms"]]
+        if runs:
+            curves[CONSTANTS.get(arm, arm)] = [
+                {name: statistics.fmean(point[name] for point in points) for name in ("units", "accuracy")}
+                for points in zip(*runs, strict=True)
+            ]
+    draw_figure(find_browser(), plot_training(curves), path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="with the pilots that they need")
+    parser.add_argument("--budget", type=parse_count, default=BUDGET)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="arms that run side by side")
+    parser.add_argument("--quick", action="store_true", help="one seed, a tiny budget; writes nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw what is measured, and stop")
+    options = parser.parse_args()
+    if options.picture:
+        draw(options.picture)
+        return 0
+    if options.quick:
+        options.seeds, options.budget = options.seeds[:1], 3e3
+        few = ("--set", "checkpoints=(0,1)", "--set", "evaluations=(1,)")
+        setup = Setup(options.budget, options.device, WORK / "quick", profile_samples(3e3, 2), QUICK_ONLINE, few)
+    else:
+        samples = profile_samples(options.budget, 5)
+        setup = Setup(options.budget, options.device, WORK, samples, quiet=options.workers > 1)
+    results = {} if options.quick else {found["seed"]: found for found in read_results()}
+    if any(found["budget"] != options.budget for found in results.values()):
+        parser.error(f"{FOLDER} holds runs of another budget than {options.budget:,.0f}; move them away")
+    for folder in (setup.folder, *(() if options.quick else (FOLDER,))):
+        folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for arm, seed, done in run_all(setup, options.arms, options.seeds, options.workers):
+        try:
+            run = done.result()
+        except (subprocess.CalledProcessError, GradscopeError) as error:
+            failed.append(f"{arm}-{seed}: {_told(error)}")
+            continue
+        found = results.setdefault(seed, {"seed": seed, "budget": options.budget, "grid": GRID, "arms": {}})
+        found["device"] = device_text(options.device, 1)
+        found["arms"][arm] = run
+        found["arms"] = {name: found["arms"][name] for name in ARMS if name in found["arms"]}
+        if not options.quick:
+            write_text(FOLDER / f"training-{seed}.json", json.dumps(found, indent=1) + "\n")
+        last = run["points"][-1]
+        accuracies = ", ".join(f"{point['accuracy']:.4f}" for point in run["points"])
+        print(f"{arm}-{seed}: {accuracies} ({last['samples']:,} samples, {last['seconds']:.0f} s)", flush=True)
+    print(table([("adaptive", row) for row in rows_of([results[seed] for seed in sorted(results)])]))
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""One probe: the gradients of some strategies at the model as it is, on common images, and what that cost.
+
+The engines, the estimators and the races are the profiler's. The model, its optimizer and all random streams are left
+as they were.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradscope.checks import reason
+from gradscope.engines import derive_seed
+from gradscope.errors import Interrupted, RankError
+from gradscope.estimators import ESTIMATES, Estimates
+from gradscope.influence import influence_of
+from gradscope.measuring import CheckpointMeasurement, Conditions
+from gradscope.races import Race
+from gradscope.ranks import Ranks
+from gradscope.task import Checkpoint, Task
+from schedulers import MOMENTS, Measurement, ProbePlan, RaceRule, Strategy, get_criterion
+
+ORDER = [ESTIMATES.index(name) for name in MOMENTS]
+
+
+@dataclass
+class Probe:
+    """What a probe found, on the first rank, and what it cost in all; `error` says why nothing could be measured."""
+
+    found: dict[Strategy, Estimates] = field(default_factory=dict)
+    failures: dict[Strategy, str] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+    engine: str = ""
+    units: float = 0.0
+    seconds: float = 0.0
+    error: str = ""
+
+    def measurement(self, metric_index: int) -> Measurement | None:
+        """The moments in one metric with their influences, as the policy takes them; None where there are none."""
+        known = {s: e for s, e in self.found.items() if np.isfinite(e.deleted_MWE).all()}
+        if not known:
+            return None
+        blocks = max(e.blocks for e in known.values())
+        moments = np.stack([e.total_WE[metric_index, ORDER] for e in known.values()])
+        influence = np.stack([influence_of(e.deleted_MWE[:, :, ORDER], blocks)[metric_index] for e in known.values()])
+        return Measurement(tuple(known), moments, influence)
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How probes of a run are made. `criterion` and `metric` decide who may leave a probe early."""
+
+    task: Task
+    model: nn.Module
+    ranks: Ranks
+    sub_batch: int
+    seed: int
+    metrics: tuple[str, ...]
+    metric: str
+    criterion: str
+    minimum: int
+    costs: Mapping[Strategy, float]
+    batch_size: int
+    precision: str
+    clock: Callable[[], float] = time.monotonic
+
+
+def run_probe(
+    conduct: Conduct,
+    plan: ProbePlan,
+    *,
+    step: int,
+    fraction: float,
+    second_moment: Mapping[str, Tensor] | None,
+    engine: str,
+) -> Probe:
+    """Measure what `plan` names. Never raises but for a signal or a rank that is gone: what fails is told.
+
+    `second_moment`: Adam's, by parameter name, or None to have it estimated where a metric needs it. `engine`: the
+    estimator, or "auto". On several ranks a collective call.
+    """
+    begun, task = conduct.clock(), conduct.task
+    rule = RaceRule(min(conduct.minimum, plan.sub_batches), plan.sub_batches)
+    conditions = Conditions(
+        conduct.sub_batch,
+        derive_seed("online probe", conduct.seed, step) % 2**31,
+        conduct.metrics,
+        engine,
+        conduct.precision,
+    )
+    live = cast(Task, _Live(task, second_moment))
+    here = Checkpoint(Path(f"step-{step}"), step, fraction)
+    measurement = CheckpointMeasurement(live, here, conduct.model, conditions, conduct.ranks)
+    reference = task.grid.reference
+    race = Race(
+        rule,
+        get_criterion(conduct.criterion),
+        conduct.metrics.index(conduct.metric),
+        conduct.costs,
+        conduct.costs[reference],
+        conduct.batch_size,
+        plan.strategies,
+    )
+    probe = Probe()
+    try:
+        with closing(measurement.run(plan.strategies, rule.looks(), lambda m: None)) as looks:
+            for look in looks:
+                probe.failures.update(look.failures)
+                probe.found.update(look.found)
+                if conduct.ranks.first and look.found:
+                    staying = race.open(look.found)
+                    look.active = [s for s in look.active if s in staying or s == reference] if len(staying) > 1 else []
+    except (Interrupted, RankError):
+        raise
+    except Exception as error:
+        probe.error = reason(error)
+    if not probe.found and probe.failures and not probe.error:
+        probe.error = next(iter(probe.failures.values()))
+    probe.units = measurement.units + measurement.units_elsewhere
+    probe.groups = measurement.groups
+    probe.engine = "" if measurement.engine is None else measurement.engine.name
+    probe.seconds = conduct.clock() - begun
+    return probe
+
+
+def refused(task: Task, model: nn.Module, samples: int, seed: int) -> tuple[dict[Strategy, str], float]:
+    """The strategies whose loss raises an error on a few samples, and why; and the units that finding out cost.
+
+    A loss that is not finite is no refusal. Passes without gradient; the model is left untouched.
+    """
+    from gradscope.engines._samples import take
+    from gradscope.untouched import untouched
+
+    found, units = dict[Strategy, str](), 0.0
+    with untouched(model), torch.no_grad():
+        few = take(next(iter(task.batches(samples, seed))), slice(samples))
+        for strategy in task.grid.strategies():
+            try:
+                torch.manual_seed(seed)
+                task.loss(model, few, strategy, torch.Generator().manual_seed(seed))
+                units += samples * task.cost(strategy)
+            except Exception as error:
+                found[strategy] = reason(error)
+    return found, units
+
+
+class _Live:
+    """A task whose model is being trained: its second moment is the optimizer's, not a file's."""
+
+    def __init__(self, task: Task, second_moment: Mapping[str, Tensor] | None) -> None:
+        self._task, self._second_moment = task, second_moment
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def second_moment(self, checkpoint: Path, model: nn.Module) -> Mapping[str, Tensor] | None:
+        return self._second_moment
+
+
+def live_second_moment(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor] | None:
+    """Adam's bias-corrected second moment v / (1 - beta2^t) by parameter name, from the optimizer's own state.
+
+    None without an optimizer of Adam's kind, or where a trainable parameter has not been moved yet.
+    """
+    if optimizer is None:
+        return None
+    found: dict[int, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "exp_avg_sq" in state and "betas" in group:
+                correction = 1 - group["betas"][1] ** float(state["step"])
+                found[id(parameter)] = state["exp_avg_sq"] / correction
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if any(id(p) not in found for p in named.values()):
+        return None
+    return {name: found[id(p)] for name, p in named.items()}

@@ -1,0 +1,373 @@
+"""The online policy: which strategy runs now, and what to measure next, decided while training runs.
+
+It is pure: everything that it answers follows from its settings and from what it was told, in which order. A run
+begins with all candidates mixed, as a mixed pilot does (design §4), so that measurements are fair; when all have been
+measured it chooses one strategy, as soon as its advantage over the mixture is beyond doubt, and goes to another when
+that one's advantage is. A share of the steps explores all candidates throughout. The last part of the budget runs
+on the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtr
+
+from schedulers.adaptive_rule import AdaptiveRule, Decision, ProbePlan, Verdict
+from schedulers.criteria import FloatArray, get_criterion
+from schedulers.errors import GradscopeError, UsageError
+from schedulers.evidence import Evidence, Measurement, Pooled
+from schedulers.mixing import draw_from, mixture_by_budget
+from schedulers.probe_planning import ProbePlanner
+from schedulers.schedule import Schedule, Stage
+from schedulers.strategy import Grid, Strategy
+
+VERSION = 1
+
+
+class AdaptivePolicy:
+    """Chooses among the strategies of `grid` as training goes on.
+
+    `costs` units per sample of every strategy; `budget` in units; `batch_size` samples of an optimizer step. `shared`:
+    the part of a strategy's cost that a probe spends once for all strategies that name the same key (as
+    `Task.shared_costs`). `seed` fixes what is drawn. Raises UsageError for costs that are not positive or are missing.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        costs: Mapping[Strategy, float],
+        *,
+        budget: float,
+        batch_size: int,
+        rule: AdaptiveRule | None = None,
+        seed: int = 0,
+        shared: Mapping[Strategy, Mapping[str, float]] | None = None,
+    ) -> None:
+        self.grid, self.rule, self.seed = grid, rule or AdaptiveRule(), seed
+        self.strategies = tuple(grid.strategies())
+        missing = [s for s in self.strategies if not (s in costs and math.isfinite(costs[s]) and costs[s] > 0)]
+        if missing:
+            raise UsageError(f"costs: {missing[0]} has none that is a positive number of units per sample")
+        if not (math.isfinite(budget) and budget > 0) or batch_size < 1:
+            raise UsageError(f"budget={budget!r} must be a positive number of units and batch_size={batch_size!r} >= 1")
+        self.costs = {s: float(costs[s]) for s in self.strategies}
+        self.budget, self.batch_size = float(budget), batch_size
+        sub_batch = self.rule.sub_batch or batch_size
+        self.planner = ProbePlanner(grid, self.costs, shared or {}, sub_batch, self.rule.minimum, self.rule.maximum)
+        self.evidence = Evidence(
+            self.strategies,
+            self.strategies.index(grid.reference),
+            np.array([self.costs[s] for s in self.strategies]),
+            batch_size,
+            get_criterion(self.rule.criterion),
+            self.rule.half_life,
+            [],
+        )
+        self.probe_units = 0.0
+        self._left_out: set[Strategy] = set()
+        self._decisions = [Decision(0, 0.0, None, self.strategies, 1.0, "start")]
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Everything decided so far, by step; the first one is the mixture at the start."""
+        return tuple(self._decisions)
+
+    @property
+    def candidates(self) -> tuple[Strategy, ...]:
+        """The strategies that can be chosen and explored: all of the grid but those that failed or were refused."""
+        return self._decisions[-1].candidates
+
+    @property
+    def incumbent(self) -> Strategy | None:
+        """The strategy that runs, apart from exploration; None while all candidates are mixed."""
+        return self._decisions[-1].strategy
+
+    @property
+    def switches(self) -> int:
+        """How often one chosen strategy followed another (the way out of the first mixture and the finish apart)."""
+        return sum(d.why == "switch" for d in self._decisions)
+
+    @property
+    def finishing(self) -> bool:
+        return self._decisions[-1].why == "finish"
+
+    def mixture(self, step: int) -> tuple[tuple[Strategy, float], ...]:
+        """Probability of every strategy at an optimizer step, also a past one."""
+        return self._mixture(self._decision(step))
+
+    def at(self, step: int) -> Strategy:
+        """The strategy of an optimizer step: a pure function of what was decided before it. Past steps do not change.
+
+        Raises UsageError for a negative step.
+        """
+        return draw_from(self.mixture(step), seed=self.seed, step=step)
+
+    def advance(self, step: int, spent: float) -> None:
+        """Note that `step` is done and that `spent` units are: begins the finish when it is time."""
+        finish = self.rule.finish
+        if self.rule.frozen or not finish or self.finishing or spent < (1 - finish) * self.budget:
+            return
+        if self.grid.reference in self.candidates:
+            self._decide(step + 1, spent, self.grid.reference, "finish")
+
+    @property
+    def probes(self) -> int:
+        """Probes told of so far."""
+        return self.planner.probes
+
+    def plan(self, spent: float, *, set_up: float = 0.0) -> ProbePlan | None:
+        """The probe that is due after `spent` units, None when none is, or the cap does not pay for one.
+
+        `set_up`: units that it would spend besides its strategies' passes. The first probe comes at `start`. What is
+        allowed from then on grows with the root of the fraction, so that more is measured early, where decisions last
+        longest, and reaches the cap where the finish begins.
+        """
+        rule, fraction = self.rule, spent / self.budget
+        open_until = 1 - rule.finish
+        if not rule.overhead or len(self.candidates) < 2 or not rule.start <= fraction < open_until:
+            return None
+        cap = rule.overhead * self.budget
+        plan = self.planner.plan(self.candidates, self.incumbent, cap, set_up)
+        if plan is None or self.probe_units + plan.units > cap or spent + plan.units > self.budget:
+            return None
+        due = (cap - plan.units) * math.sqrt((fraction - rule.start) / (open_until - rule.start))
+        return plan if self.probes == 0 or self.probe_units <= due else None
+
+    def tell(
+        self,
+        step: int,
+        spent: float,
+        units: float,
+        found: Measurement | None,
+        failed: Mapping[Strategy, str] | None = None,
+    ) -> Verdict:
+        """Take in a probe made after `step`, which cost `units` (in `spent` already), and decide.
+
+        `found` is None where nothing could be measured; `failed` says which strategies could not, and why: they are no
+        candidates until a later probe measures them, and after three failures in a row not at all. Where the reference
+        itself could not be measured, nothing changes.
+        """
+        fraction = spent / self.budget
+        self.probe_units += units
+        measured = () if found is None else found.strategies
+        self.planner.note(measured, tuple(failed or ()))
+        if found is None or self.grid.reference not in measured:
+            return Verdict(None, None, None, False, {})
+        self.evidence.add(fraction, found)
+        self._note_candidates(step, spent, measured, tuple(failed or ()))
+        if self.rule.frozen or self.finishing:
+            return self._verdict(self.evidence.pooled(fraction), None, None, None, False, False)
+        forgot = self._contradicted(fraction, found)
+        pooled = self.evidence.pooled(fraction)
+        best = self._best(pooled, [s for s in found.strategies if s in self.candidates and self._allowed(s)])
+        unknown = self.incumbent is None and any(not self.planner.measured(s) for s in self.candidates)
+        if best is None or best == self.incumbent or unknown:
+            return self._verdict(pooled, best, None, None, False, forgot)
+        gain, gain_B = self._advantage(pooled, best)
+        level = float(ndtr(-self.rule.confidence))
+        sure = float(np.quantile(gain_B, level)) > 0 if np.isfinite(gain_B).all() else False
+        changes = [d.fraction for d in self._decisions if d.why in ("first", "switch")]
+        rested = not changes or fraction - changes[-1] >= self.rule.dwell
+        switched = bool(gain > 0 and sure and rested)
+        if switched:
+            self._decide(step + 1, spent, best, "first" if self.incumbent is None else "switch")
+        return self._verdict(pooled, best, gain, float(gain_B.std()), switched, forgot)
+
+    def leave_out(self, strategy: Strategy, why: str) -> None:
+        """Never choose or explore a strategy, before training begins: the model refuses it.
+
+        Raises UsageError when a step was decided on already, or for the reference.
+        """
+        if len(self._decisions) > 1 or self.probes:
+            raise UsageError("a strategy can be left out only before training begins")
+        if strategy == self.grid.reference:
+            raise UsageError(f"the reference {strategy} cannot be left out ({why})")
+        self._left_out.add(strategy)
+        self.planner.leave_out(strategy)
+        kept = tuple(s for s in self.strategies if s not in self._left_out)
+        self._decisions = [Decision(0, 0.0, None, kept, 1.0, "start")]
+
+    def schedule(self, spent: float) -> Schedule:
+        """What was decided up to `spent` units, as a schedule whose last stage lasts to the end of the budget."""
+        edges = [min(d.fraction, 1.0) for d in self._decisions] + [1.0]
+        stages = []
+        for i, decision in enumerate(self._decisions):
+            mixture = self._mixture(decision)
+            if edges[i + 1] > edges[i]:
+                cost = math.fsum(weight * self.costs[s] for s, weight in mixture)
+                stages.append(Stage(edges[i], edges[i + 1], mixture, cost))
+        return Schedule(
+            stages=tuple(stages),
+            budget=self.budget,
+            batch_size=self.batch_size,
+            criterion=self.rule.criterion,
+            metric=self.rule.metric,
+            constraints={"online": str(self.rule), "probe_units": self.probe_units, "spent": spent},
+        )
+
+    def _note_candidates(
+        self, step: int, spent: float, measured: Sequence[Strategy], failed: Sequence[Strategy]
+    ) -> None:
+        out = {s for s in failed if s not in (self.incumbent, self.grid.reference)}
+        back = set(measured) - self._left_out
+        kept = tuple(s for s in self.strategies if (s in self.candidates and s not in out) or s in back)
+        if kept != self.candidates:
+            now = self._decisions[-1]
+            gone = ", ".join(str(s) for s in self.candidates if s not in kept)
+            came = ", ".join(str(s) for s in kept if s not in self.candidates)
+            why = "; ".join(filter(None, [f"failed: {gone}" if gone else "", f"back: {came}" if came else ""]))
+            self._decisions.append(Decision(step + 1, spent / self.budget, now.strategy, kept, now.exploration, why))
+
+    def _contradicted(self, fraction: float, found: Measurement) -> bool:
+        """Whether the newest probe alone says that the best strategy by all probes is not; if so, forget the others."""
+        if len(self.evidence.probes) < 2:
+            return False
+        before, alone = self.evidence.pooled(fraction), self.evidence.pooled(fraction, last=1)
+        favourite = self._best(before, [s for s in found.strategies if s in self.candidates])
+        now = self._best(alone, [s for s in found.strategies if s in self.candidates])
+        if favourite is None or now is None or favourite == now:
+            return False
+        a, b = self.strategies.index(now), self.strategies.index(favourite)
+        apart_B = alone.draws_BC[:, a] - alone.draws_BC[:, b]
+        error = float(apart_B.std())
+        if not alone.worth_C[a] - alone.worth_C[b] > self.rule.surprise * error:
+            return False
+        self.evidence.forget_before_last()
+        return True
+
+    def _best(self, pooled: Pooled, among: Sequence[Strategy]) -> Strategy | None:
+        known = [s for s in among if np.isfinite(pooled.worth_C[self.strategies.index(s)])]
+        return max(known, key=lambda s: pooled.worth_C[self.strategies.index(s)], default=None)
+
+    def _allowed(self, strategy: Strategy) -> bool:
+        now = self.incumbent
+        return now is None or not self.rule.monotone or self.costs[strategy] >= self.costs[now]
+
+    def _advantage(self, pooled: Pooled, best: Strategy) -> tuple[float, FloatArray]:
+        """Worth of `best` less that of what runs now, and draws of that less the tolerance."""
+        at = self.strategies.index(best)
+        if self.incumbent is None:  # the mixture: candidates have equal shares of the budget
+            rows = [self.strategies.index(s) for s in self.candidates]
+            rows = [c for c in rows if np.isfinite(pooled.worth_C[c])]
+            now, now_B = float(pooled.worth_C[rows].mean()), pooled.draws_BC[:, rows].mean(axis=1)
+        else:
+            row = self.strategies.index(self.incumbent)
+            now, now_B = float(pooled.worth_C[row]), pooled.draws_BC[:, row]
+        gain_B = pooled.draws_BC[:, at] - now_B - self.rule.tolerance * abs(now)
+        return float(pooled.worth_C[at]) - now, np.asarray(gain_B)
+
+    def _verdict(
+        self,
+        pooled: Pooled,
+        best: Strategy | None,
+        gain: float | None,
+        error: float | None,
+        switched: bool,
+        forgot: bool,
+    ) -> Verdict:
+        sign = -1.0 if self.evidence.criterion.lower_is_better else 1.0
+        scores = {s: sign * float(w) for s, w in zip(self.strategies, pooled.worth_C, strict=True) if np.isfinite(w)}
+        return Verdict(best, gain, error, switched, scores, forgot)
+
+    def _decide(self, step: int, spent: float, strategy: Strategy, why: str) -> None:
+        exploration = 0.0 if why == "finish" else self.rule.exploration
+        self._decisions.append(Decision(step, spent / self.budget, strategy, self.candidates, exploration, why))
+
+    def _decision(self, step: int) -> Decision:
+        if step < 0:
+            raise UsageError(f"step={step} must be at least 0")
+        return next(d for d in reversed(self._decisions) if d.step <= step)
+
+    def _mixture(self, decision: Decision) -> tuple[tuple[Strategy, float], ...]:
+        explored = decision.exploration if decision.strategy is not None else 1.0
+        count = len(decision.candidates)
+        return mixture_by_budget(
+            [
+                (s, (explored / count if s in decision.candidates else 0.0) + (1 - explored) * (s == decision.strategy),
+                 self.costs[s])
+                for s in self.strategies
+            ]
+        )  # fmt: skip
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a state to be of this policy."""
+        return {
+            "axes": {name: list(values) for name, values in self.grid.axes.items()},
+            "reference": str(self.grid.reference),
+            "costs": [self.costs[s] for s in self.strategies],
+            "budget": self.budget,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "rule": asdict(self.rule),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decisions depend on, as plain values (JSON keeps it exactly)."""
+        return {
+            "version": VERSION,
+            "settings": json.dumps(self.settings, sort_keys=True),
+            "evidence": self.evidence.state(),
+            "probe_units": self.probe_units,
+            "planner": self.planner.state(),
+            "left_out": [str(s) for s in self.strategies if s in self._left_out],
+            "decisions": [
+                {
+                    "step": d.step, "fraction": d.fraction, "strategy": "" if d.strategy is None else str(d.strategy),
+                    "candidates": [str(s) for s in d.candidates], "exploration": d.exploration, "why": d.why,
+                }
+                for d in self._decisions
+            ],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take up a state; the same decisions follow as would have.
+
+        Raises UsageError for a state of other settings (unless not `strict`), GradscopeError for one that is newer or
+        damaged.
+        """
+        try:
+            if int(state["version"]) > VERSION:
+                raise GradscopeError(
+                    f"the state is of version {state['version']}, newer than {VERSION}; upgrade gradscope"
+                )
+            self._check_settings(json.loads(state["settings"]), strict)
+            decisions = [
+                Decision(
+                    int(d["step"]), float(d["fraction"]), self._named(d["strategy"]) if d["strategy"] else None,
+                    tuple(self._named(text) for text in d["candidates"]), float(d["exploration"]), str(d["why"]),
+                )
+                for d in state["decisions"]
+            ]  # fmt: skip
+            if not decisions or decisions[0].step != 0:
+                raise KeyError("decisions")
+            left_out = {self._named(text) for text in state["left_out"]}
+            probe_units = float(state["probe_units"])
+            self.evidence.load(state["evidence"])
+            self.planner.load(state["planner"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise GradscopeError(
+                f"the state of the online policy is damaged ({type(error).__name__}: {error})"
+            ) from error
+        self.probe_units, self._decisions, self._left_out = probe_units, decisions, left_out
+
+    def _named(self, text: str) -> Strategy:
+        return self.grid.check(Strategy.parse(text))
+
+    def _check_settings(self, theirs: Mapping[str, Any], strict: bool) -> None:
+        ours = json.loads(json.dumps(self.settings))
+        changed = [name for name in ours if ours[name] != theirs.get(name)]
+        fatal = [name for name in changed if strict or name in ("axes", "reference")]
+        if fatal:
+            raise UsageError(
+                f"the state is of another run: its {', '.join(fatal)} differ; use the settings of that run"
+                + ("" if "axes" in fatal or "reference" in fatal else ", or strict=False to go on with these")
+            )

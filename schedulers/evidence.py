@@ -1,0 +1,195 @@
+"""What probes have told so far: pooled moments of every strategy, and how sure a difference between two is.
+
+Every probe gives unbiased moments of the strategies that it measured, with the influence of each of its sub-batches
+(all strategies of a probe see the same ones). Of the probes of a run the pooled moments of strategy c are a ratio of
+exponentially weighted sums,
+
+    moment_c = sum_p w_pc moment_pc / sum_p w_pc,    w_pc = sub-batches_pc * 2^(-(now - fraction_p) / half_life),
+
+each probe's moments divided by the reference's mean squared gradient norm in it, |G|^2 + variance / K, which is known
+well and takes out that gradients shrink over training. The effective number of sub-batches is
+(sum w)^2 / sum w^2 over them. Errors come from draws theta* = theta + sum_m xi_m influence_m with xi common to all
+strategies of a sub-batch, so what common images err by together cancels in differences.
+
+Shapes: C strategies of the grid, P probes, M sub-batches of a probe, B draws, E = 5 moments in the order of MOMENTS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments
+from schedulers.errors import UsageError
+from schedulers.strategy import Strategy
+
+DRAWS = 256
+FORGOTTEN = 0.01  # relative weight below which a probe is dropped
+REFERENCE = MOMENTS.index("norm_sq_ref")
+VARIANCE = MOMENTS.index("variance")
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What one probe found of C strategies, the reference among them.
+
+    `moments` (C, 5) in the order of MOMENTS; `influence` (C, 5, M): the influence of each sub-batch, whose products
+    summed over M are the covariance of the moments, within and between strategies; 0 for sub-batches that a strategy
+    was not measured on. Raises UsageError for other shapes, or values that are not finite.
+    """
+
+    strategies: tuple[Strategy, ...]
+    moments: FloatArray
+    influence: FloatArray
+
+    def __post_init__(self) -> None:
+        for name in ("moments", "influence"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
+        count = len(self.strategies)
+        if len(set(self.strategies)) != count:
+            raise UsageError("a measurement names a strategy twice")
+        if self.moments.shape != (count, len(MOMENTS)) or self.influence.shape[:-1] != self.moments.shape:
+            raise UsageError(
+                f"{count} strategies need moments of shape ({count}, 5) and influence ({count}, 5, M), not "
+                f"{self.moments.shape} and {self.influence.shape}"
+            )
+        if not (np.isfinite(self.moments).all() and np.isfinite(self.influence).all()):
+            raise UsageError("a measurement must be finite; leave out what failed")
+
+    @property
+    def sub_batches(self) -> FloatArray:
+        """Sub-batches that each strategy was measured on, (C,)."""
+        return np.asarray((self.influence != 0).any(axis=1).sum(axis=-1), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """A measurement on the whole grid: NaN and weight 0 where a strategy was not in it."""
+
+    fraction: float
+    moments_CE: FloatArray
+    influence_CEM: FloatArray
+    sub_batches_C: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Worth of every strategy (C,), larger is better, NaN where not known, and draws of it (B, C).
+
+    `effective` (C,): the effective number of sub-batches behind it.
+    """
+
+    worth_C: FloatArray
+    draws_BC: FloatArray
+    effective_C: FloatArray
+
+
+@dataclass
+class Evidence:
+    """The probes of a run on the strategies of a grid, and the criterion by which they are read.
+
+    `cost_C` units per sample, `reference` the position of the reference, `batch_size` K of the sub-batches and of the
+    training steps alike.
+    """
+
+    strategies: tuple[Strategy, ...]
+    reference: int
+    cost_C: FloatArray
+    batch_size: int
+    criterion: Criterion
+    half_life: float
+    probes: list[_Probe]
+
+    def add(self, fraction: float, found: Measurement) -> None:
+        """Take in a probe at `fraction` of the budget. Raises UsageError when the reference is not in it."""
+        rows = [self.strategies.index(s) for s in found.strategies]
+        if self.reference not in rows:
+            raise UsageError("a measurement needs the reference among its strategies")
+        at = rows.index(self.reference)
+        scale = found.moments[at, REFERENCE] + found.moments[at, VARIANCE] / self.batch_size
+        scale = scale if scale > 0 else 1.0
+        moments_CE = np.full((len(self.strategies), len(MOMENTS)), np.nan)
+        influence_CEM = np.zeros((*moments_CE.shape, found.influence.shape[-1]))
+        sub_batches_C = np.zeros(len(self.strategies))
+        moments_CE[rows], influence_CEM[rows] = found.moments / scale, found.influence / scale
+        sub_batches_C[rows] = found.sub_batches
+        self.probes.append(_Probe(fraction, moments_CE, influence_CEM, sub_batches_C))
+        self.probes = [p for p in self.probes if self._decay(p, fraction) >= FORGOTTEN]
+
+    def pooled(self, fraction: float, *, last: int | None = None) -> Pooled:
+        """What is known at `fraction`, of all probes or of the `last` ones alone."""
+        probes = self.probes if last is None else self.probes[-last:]
+        count = len(self.strategies)
+        weight_PC = np.array([self._decay(p, fraction) * p.sub_batches_C for p in probes]).reshape(-1, count)
+        total_C = weight_PC.sum(0)
+        share_PC = weight_PC / np.where(total_C > 0, total_C, np.nan)
+        moments_CE = np.full((count, len(MOMENTS)), np.nan)
+        errors_BCE = np.zeros((DRAWS, count, len(MOMENTS)))
+        if probes:
+            values_PCE = np.nan_to_num(np.stack([p.moments_CE for p in probes]))
+            moments_CE = np.where(
+                total_C[:, None] > 0, (np.nan_to_num(share_PC)[..., None] * values_PCE).sum(0), np.nan
+            )
+            generator = np.random.default_rng(0)
+            for share_C, probe in zip(np.nan_to_num(share_PC), probes, strict=True):
+                noise_BM = generator.standard_normal((DRAWS, probe.influence_CEM.shape[-1]))
+                errors_BCE += np.einsum("bm,cem->bce", noise_BM, share_C[:, None, None] * probe.influence_CEM)
+        squares_C = np.array(
+            [self._decay(p, fraction) ** 2 * p.sub_batches_C for p in probes]
+        ).reshape(-1, count).sum(0)  # fmt: skip
+        effective_C = total_C**2 / np.where(squares_C > 0, squares_C, 1.0)
+        return Pooled(*self._worth(moments_CE, errors_BCE), effective_C)
+
+    def forget_before_last(self) -> None:
+        """Drop all probes but the newest."""
+        self.probes = self.probes[-1:]
+
+    def _worth(self, moments_CE: FloatArray, errors_BCE: FloatArray) -> tuple[FloatArray, FloatArray]:
+        # |G|^2 is one number for all strategies; where it is lost in noise, its error stands in for it
+        error = float(errors_BCE[:, self.reference, REFERENCE].std())
+        common = max(float(moments_CE[self.reference, REFERENCE]), error)
+        moments_CE, draws_BCE = moments_CE.copy(), moments_CE + errors_BCE
+        moments_CE[:, REFERENCE] = draws_BCE[..., REFERENCE] = common if common > 0 else np.nan
+        draws_BCE[..., VARIANCE] = np.maximum(draws_BCE[..., VARIANCE], 0.01 * moments_CE[:, VARIANCE])
+        return self._score(moments_CE), self._score(draws_BCE)
+
+    def _score(self, moments: FloatArray) -> FloatArray:
+        reference_cost = float(self.cost_C[self.reference])
+        score = self.criterion.score(
+            Moments(*(moments[..., i] for i in range(len(MOMENTS)))),
+            self.cost_C,
+            beta=self.batch_size * reference_cost,
+            batch_size=self.batch_size,
+            reference_cost=reference_cost,
+        )
+        return -score if self.criterion.lower_is_better else score
+
+    def _decay(self, probe: _Probe, fraction: float) -> float:
+        return float(2.0 ** (-(fraction - probe.fraction) / self.half_life))
+
+    def state(self) -> list[dict[str, object]]:
+        """The probes as plain values."""
+        return [
+            {
+                "fraction": p.fraction,
+                "strategies": [int(c) for c in np.flatnonzero(p.sub_batches_C)],
+                "moments": p.moments_CE[p.sub_batches_C > 0].tolist(),
+                "influence": p.influence_CEM[p.sub_batches_C > 0].tolist(),
+            }
+            for p in self.probes
+        ]
+
+    def load(self, state: Sequence[dict[str, object]]) -> None:
+        """Inverse of `state`."""
+        self.probes = []
+        for kept in state:
+            rows = np.asarray(kept["strategies"], dtype=np.int64)
+            moments = np.asarray(kept["moments"], dtype=np.float64)
+            influence = np.asarray(kept["influence"], dtype=np.float64)
+            moments_CE = np.full((len(self.strategies), len(MOMENTS)), np.nan)
+            influence_CEM = np.zeros((*moments_CE.shape, influence.shape[-1]))
+            moments_CE[rows], influence_CEM[rows] = moments, influence
+            count_C = (influence_CEM != 0).any(axis=1).sum(axis=-1).astype(np.float64)
+            self.probes.append(_Probe(float(str(kept["fraction"])), moments_CE, influence_CEM, count_C))

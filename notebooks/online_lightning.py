@@ -14,8 +14,9 @@ from gradscope import AdaptiveController, AdaptiveRule, Grid, LoopTask, Strategy
 from gradscope.data import load_data
 from gradscope.integrations.lightning import OnlineCallback
 
-BUDGET = "6k"  # units: 2,000 images with all tokens, forward and backward, or more with fewer tokens
+BUDGET = "12k"  # units: 4,000 images with all tokens, forward and backward, or more with fewer tokens
 GRID = Grid({"dropout": (0, 0.5, 0.75)}, reference=Strategy(dropout=0))
+RULE = AdaptiveRule(overhead=0.1, sub_batch=8)  # so short a run needs small probes, and a larger share for them
 data = load_data("fashion-mnist-10k")
 
 
@@ -77,8 +78,7 @@ def train():
 
     def make(module, optimizer):  # called when Lightning has made the optimizer
         task = LoopTask(GRID, loss=loss_of, batches=batches, cost=cost_of)
-        rule = AdaptiveRule(overhead=0.1, sub_batch=8)  # in so short a run the default, 0.03, pays for no probe
-        return AdaptiveController(task, module.net, optimizer, budget=BUDGET, batch_size=32, rule=rule, report=print)
+        return AdaptiveController(task, module.net, optimizer, budget=BUDGET, batch_size=32, rule=RULE, report=print)
 
     callback, module = OnlineCallback(make), Module()
     trainer = pl.Trainer(max_epochs=-1, accelerator="cpu", callbacks=[callback], logger=False,

@@ -1,6 +1,6 @@
-"""Let a training loop of your own choose its acceleration while it runs: the five lines marked `# +` are added.
+"""Let a training loop of your own choose its acceleration while it runs: it gets the five lines marked `# +`.
 
-The loop had its model, batches and loss; the loss can already be taken of fewer pixels, which costs less.
+The loss can already be taken of fewer pixels; the grid says of how many, and `cost_of` what that costs.
 """
 
 import torch
@@ -11,6 +11,8 @@ from gradscope import AdaptiveController, AdaptiveRule, Grid, LoopTask, Strategy
 from gradscope.data import load_data
 
 BUDGET = "24k"  # units: 8,000 images of 28 pixels forward and backward, or more of fewer pixels
+GRID = Grid({"resolution": (7, 14, 28)}, reference=Strategy(resolution=28))
+RULE = AdaptiveRule(overhead=0.1, sub_batch=16)  # so short a run needs small probes, and a larger share for them
 data = load_data("fashion-mnist-10k")
 
 
@@ -34,10 +36,8 @@ def train():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 32, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    rule = AdaptiveRule(overhead=0.1, sub_batch=16)  # in so short a run the default, 0.03, pays for no probe
-    grid = Grid({"resolution": (7, 14, 28)}, reference=Strategy(resolution=28))
-    task = LoopTask(grid, loss=loss_of, batches=batches, cost=cost_of)  # +
-    controller = AdaptiveController(task, model, optimizer, budget=BUDGET, batch_size=64, rule=rule, report=print)  # +
+    task = LoopTask(GRID, loss=loss_of, batches=batches, cost=cost_of)  # +
+    controller = AdaptiveController(task, model, optimizer, budget=BUDGET, batch_size=64, rule=RULE, report=print)  # +
     for step, batch in enumerate(batches(64, seed=1)):
         if controller.finished: break  # + # noqa: E701  # fmt: skip
         strategy = controller.at(step)  # +

@@ -10,8 +10,9 @@ from gradscope import AdaptiveController, AdaptiveRule, Grid, LoopTask, Strategy
 from gradscope.data import load_data
 from gradscope.integrations.transformers import OnlineCallback
 
-BUDGET = "6k"  # units: 2,000 images of 28 pixels forward and backward, or more of fewer pixels
+BUDGET = "12k"  # units: 4,000 images of 28 pixels forward and backward, or more of fewer pixels
 GRID = Grid({"resolution": (12, 20, 28)}, reference=Strategy(resolution=28))
+RULE = AdaptiveRule(overhead=0.1, sub_batch=8)  # so short a run needs small probes, and a larger share for them
 CONFIG = ViTConfig(image_size=28, patch_size=4, num_channels=1, hidden_size=24, num_hidden_layers=2,
                    num_attention_heads=2, intermediate_size=48, num_labels=10)  # fmt: skip
 data = load_data("fashion-mnist-10k")
@@ -50,8 +51,7 @@ def train():
 
     def make(model, optimizer):  # called when the Trainer has made the optimizer
         task = LoopTask(GRID, loss=loss_of, batches=batches, cost=cost_of)
-        rule = AdaptiveRule(overhead=0.1, sub_batch=8)  # in so short a run the default, 0.03, pays for no probe
-        return AdaptiveController(task, model, optimizer, budget=BUDGET, batch_size=32, rule=rule, report=print)
+        return AdaptiveController(task, model, optimizer, budget=BUDGET, batch_size=32, rule=RULE, report=print)
 
     callback = OnlineCallback(make)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,8 +61,9 @@ def train():
             disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         trainer = Trainer(
-            OnlineViTForImageClassification(CONFIG), arguments, train_dataset=rows(data.train_images, data.train_labels),
-            eval_dataset=rows(data.test_images, data.test_labels), callbacks=[callback],
+            OnlineViTForImageClassification(CONFIG), arguments, callbacks=[callback],
+            train_dataset=rows(data.train_images, data.train_labels),
+            eval_dataset=rows(data.test_images, data.test_labels),
             compute_metrics=lambda found: {"accuracy": (found.predictions.argmax(1) == found.label_ids).mean()},
         )  # fmt: skip
         trainer.train()

@@ -16,10 +16,9 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
 
 from schedulers.adaptive_rule import AdaptiveRule, Decision, ProbePlan, Verdict
-from schedulers.criteria import FloatArray, get_criterion
+from schedulers.criteria import get_criterion
 from schedulers.errors import GradscopeError, UsageError
 from schedulers.evidence import Evidence, Measurement, Pooled
 from schedulers.mixing import draw_from, mixture_by_budget
@@ -28,6 +27,10 @@ from schedulers.schedule import Schedule, Stage
 from schedulers.strategy import Grid, Strategy
 
 VERSION = 1
+
+
+class OtherRunError(UsageError):
+    """A state that is whole, but of another run."""
 
 
 class AdaptivePolicy:
@@ -72,6 +75,7 @@ class AdaptivePolicy:
         self.probe_units = 0.0
         self._left_out: set[Strategy] = set()
         self._decisions = [Decision(0, 0.0, None, self.strategies, 1.0, "start")]
+        self._mixtures: list[tuple[tuple[Strategy, float], ...]] = []  # one for each decision, made when asked for
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -98,8 +102,15 @@ class AdaptivePolicy:
         return self._decisions[-1].why == "finish"
 
     def mixture(self, step: int) -> tuple[tuple[Strategy, float], ...]:
-        """Probability of every strategy at an optimizer step, also a past one."""
-        return self._mixture(self._decision(step))
+        """Probability of every strategy at an optimizer step, also a past one. Raises UsageError for a negative one."""
+        if step < 0:
+            raise UsageError(f"step={step} must be at least 0")
+        number = len(self._decisions) - 1
+        while self._decisions[number].step > step:
+            number -= 1
+        if len(self._mixtures) != len(self._decisions):
+            self._mixtures = [self._mixture(decision) for decision in self._decisions]
+        return self._mixtures[number]
 
     def at(self, step: int) -> Strategy:
         """The strategy of an optimizer step: a pure function of what was decided before it. Past steps do not change.
@@ -124,20 +135,21 @@ class AdaptivePolicy:
     def plan(self, spent: float, *, set_up: float = 0.0) -> ProbePlan | None:
         """The probe that is due after `spent` units, None when none is, or the cap does not pay for one.
 
-        `set_up`: units that it would spend besides its strategies' passes. The first probe comes at `start`. What is
-        allowed from then on grows with the root of the fraction, so that more is measured early, where decisions last
-        longest, and reaches the cap where the finish begins.
+        `set_up`: units that it would spend besides its strategies' passes. The first probe comes at `start`, and from
+        then on what probes have spent may grow evenly up to the cap, which it reaches where the finish begins.
         """
         rule, fraction = self.rule, spent / self.budget
         open_until = 1 - rule.finish
-        if not rule.overhead or len(self.candidates) < 2 or not rule.start <= fraction < open_until:
+        if not rule.overhead or not rule.start <= fraction < open_until:
             return None
         cap = rule.overhead * self.budget
+        due = cap * (fraction - rule.start) / (open_until - rule.start)
+        if self.probes and self.probe_units > due:
+            return None
         plan = self.planner.plan(self.candidates, self.incumbent, cap, set_up)
         if plan is None or self.probe_units + plan.units > cap or spent + plan.units > self.budget:
             return None
-        due = (cap - plan.units) * math.sqrt((fraction - rule.start) / (open_until - rule.start))
-        return plan if self.probes == 0 or self.probe_units <= due else None
+        return plan
 
     def tell(
         self,
@@ -169,15 +181,17 @@ class AdaptivePolicy:
         unknown = self.incumbent is None and any(not self.planner.measured(s) for s in self.candidates)
         if best is None or best == self.incumbent or unknown:
             return self._verdict(pooled, best, None, None, False, forgot)
-        gain, gain_B = self._advantage(pooled, best)
-        level = float(ndtr(-self.rule.confidence))
-        sure = float(np.quantile(gain_B, level)) > 0 if np.isfinite(gain_B).all() else False
+        gain, error, least = self._advantage(pooled, best)
+        # where nothing is known of what runs any more (it fails, and all before was contradicted), it is left
+        sure = math.isnan(gain) or gain - least > self.rule.confidence * error
         changes = [d.fraction for d in self._decisions if d.why in ("first", "switch")]
         rested = not changes or fraction - changes[-1] >= self.rule.dwell
-        switched = bool(gain > 0 and sure and rested)
+        switched = sure and rested
         if switched:
             self._decide(step + 1, spent, best, "first" if self.incumbent is None else "switch")
-        return self._verdict(pooled, best, gain, float(gain_B.std()), switched, forgot)
+        if math.isnan(gain):
+            return self._verdict(pooled, best, None, None, switched, forgot)
+        return self._verdict(pooled, best, gain, error, switched, forgot)
 
     def leave_out(self, strategy: Strategy, why: str) -> None:
         """Never choose or explore a strategy, before training begins: the model refuses it.
@@ -191,7 +205,7 @@ class AdaptivePolicy:
         self._left_out.add(strategy)
         self.planner.leave_out(strategy)
         kept = tuple(s for s in self.strategies if s not in self._left_out)
-        self._decisions = [Decision(0, 0.0, None, kept, 1.0, "start")]
+        self._decisions, self._mixtures = [Decision(0, 0.0, None, kept, 1.0, "start")], []
 
     def schedule(self, spent: float) -> Schedule:
         """What was decided up to `spent` units, as a schedule whose last stage lasts to the end of the budget."""
@@ -249,8 +263,8 @@ class AdaptivePolicy:
         now = self.incumbent
         return now is None or not self.rule.monotone or self.costs[strategy] >= self.costs[now]
 
-    def _advantage(self, pooled: Pooled, best: Strategy) -> tuple[float, FloatArray]:
-        """Worth of `best` less that of what runs now, and draws of that less the tolerance."""
+    def _advantage(self, pooled: Pooled, best: Strategy) -> tuple[float, float, float]:
+        """Worth of `best` less that of what runs now, its standard error, and the least that is worth a switch."""
         at = self.strategies.index(best)
         if self.incumbent is None:  # the mixture: candidates have equal shares of the budget
             rows = [self.strategies.index(s) for s in self.candidates]
@@ -259,8 +273,8 @@ class AdaptivePolicy:
         else:
             row = self.strategies.index(self.incumbent)
             now, now_B = float(pooled.worth_C[row]), pooled.draws_BC[:, row]
-        gain_B = pooled.draws_BC[:, at] - now_B - self.rule.tolerance * abs(now)
-        return float(pooled.worth_C[at]) - now, np.asarray(gain_B)
+        gain = float(pooled.worth_C[at]) - now
+        return gain, float((pooled.draws_BC[:, at] - now_B).std()), self.rule.tolerance * abs(now)
 
     def _verdict(
         self,
@@ -278,11 +292,6 @@ class AdaptivePolicy:
     def _decide(self, step: int, spent: float, strategy: Strategy, why: str) -> None:
         exploration = 0.0 if why == "finish" else self.rule.exploration
         self._decisions.append(Decision(step, spent / self.budget, strategy, self.candidates, exploration, why))
-
-    def _decision(self, step: int) -> Decision:
-        if step < 0:
-            raise UsageError(f"step={step} must be at least 0")
-        return next(d for d in reversed(self._decisions) if d.step <= step)
 
     def _mixture(self, decision: Decision) -> tuple[tuple[Strategy, float], ...]:
         explored = decision.exploration if decision.strategy is not None else 1.0
@@ -349,15 +358,17 @@ class AdaptivePolicy:
                 raise KeyError("decisions")
             left_out = {self._named(text) for text in state["left_out"]}
             probe_units = float(state["probe_units"])
-            self.evidence.load(state["evidence"])
+            probes = self.evidence.read(state["evidence"])
             self.planner.load(state["planner"])
+        except OtherRunError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, UsageError):
-                raise
             raise GradscopeError(
                 f"the state of the online policy is damaged ({type(error).__name__}: {error})"
             ) from error
+        self.evidence.probes = probes
         self.probe_units, self._decisions, self._left_out = probe_units, decisions, left_out
+        self._mixtures = []
 
     def _named(self, text: str) -> Strategy:
         return self.grid.check(Strategy.parse(text))
@@ -367,7 +378,7 @@ class AdaptivePolicy:
         changed = [name for name in ours if ours[name] != theirs.get(name)]
         fatal = [name for name in changed if strict or name in ("axes", "reference")]
         if fatal:
-            raise UsageError(
+            raise OtherRunError(
                 f"the state is of another run: its {', '.join(fatal)} differ; use the settings of that run"
                 + ("" if "axes" in fatal or "reference" in fatal else ", or strict=False to go on with these")
             )

@@ -37,12 +37,12 @@ class AdaptiveRule:
     metric: str = "optimizer"
     overhead: float = 0.03
     exploration: float = 0.1
-    start: float = 0.1
+    start: float = 0.05
     finish: float = 0.1
-    half_life: float = 0.15
+    half_life: float = 0.1
     surprise: float = 3.0
-    confidence: float = 1.0
-    tolerance: float = 0.05
+    confidence: float = 0.5
+    tolerance: float = 0.02
     dwell: float = 0.05
     monotone: bool = False
     minimum: int = 4
@@ -100,7 +100,8 @@ def _read(name: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise UsageError(f"online: {name}={text!r} is not a number") from None
+        kinds = "a whole number" if kind is int else "a number"
+        raise UsageError(f"online: {name}={text!r} is not {kinds}") from None
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,19 @@ well and takes out that gradients shrink over training. The effective number of 
 (sum w)^2 / sum w^2 over them. Errors come from draws theta* = theta + sum_m xi_m influence_m with xi common to all
 strategies of a sub-batch, so what common images err by together cancels in differences.
 
+<E g, G> and |G|^2 err together, and where both are close to zero their ratio says nothing. Therefore
+<E g, G> = |G|^2 + <E g - G, G>, of which the second is measured far better than either, with |G|^2 at least its
+standard error, and the second shrunk towards 0 by tau^2 / (tau^2 + se^2), tau = |G|^2 / 2: the posterior mean under a
+normal prior of that spread.
+
 Shapes: C strategies of the grid, P probes, M sub-batches of a probe, B draws, E = 5 moments in the order of MOMENTS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +33,8 @@ from schedulers.strategy import Strategy
 
 DRAWS = 256
 FORGOTTEN = 0.01  # relative weight below which a probe is dropped
+SHRINKAGE = 0.5  # spread of <E g - G, G> / |G|^2 over strategies that is expected before anything is measured
+INNER = MOMENTS.index("inner")
 REFERENCE = MOMENTS.index("norm_sq_ref")
 VARIANCE = MOMENTS.index("variance")
 
@@ -37,17 +45,22 @@ class Measurement:
 
     `moments` (C, 5) in the order of MOMENTS; `influence` (C, 5, M): the influence of each sub-batch, whose products
     summed over M are the covariance of the moments, within and between strategies; 0 for sub-batches that a strategy
-    was not measured on. Raises UsageError for other shapes, or values that are not finite.
+    was not measured on. `sub_batches` (C,): how many each was measured on; default M. Raises UsageError for other
+    shapes, or values that are not finite.
     """
 
     strategies: tuple[Strategy, ...]
     moments: FloatArray
     influence: FloatArray
+    sub_batches: FloatArray | None = None
 
     def __post_init__(self) -> None:
         for name in ("moments", "influence"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         count = len(self.strategies)
+        most = self.influence.shape[-1] if self.influence.ndim else 0
+        given = np.full(count, most) if self.sub_batches is None else self.sub_batches
+        object.__setattr__(self, "sub_batches", np.asarray(given, dtype=np.float64))
         if len(set(self.strategies)) != count:
             raise UsageError("a measurement names a strategy twice")
         if self.moments.shape != (count, len(MOMENTS)) or self.influence.shape[:-1] != self.moments.shape:
@@ -57,11 +70,9 @@ class Measurement:
             )
         if not (np.isfinite(self.moments).all() and np.isfinite(self.influence).all()):
             raise UsageError("a measurement must be finite; leave out what failed")
-
-    @property
-    def sub_batches(self) -> FloatArray:
-        """Sub-batches that each strategy was measured on, (C,)."""
-        return np.asarray((self.influence != 0).any(axis=1).sum(axis=-1), dtype=np.float64)
+        assert self.sub_batches is not None
+        if self.sub_batches.shape != (count,) or not ((self.sub_batches > 0) & (self.sub_batches <= most)).all():
+            raise UsageError(f"sub_batches={self.sub_batches.tolist()}: give one number from 1 to {most} a strategy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,18 +115,12 @@ class Evidence:
 
     def add(self, fraction: float, found: Measurement) -> None:
         """Take in a probe at `fraction` of the budget. Raises UsageError when the reference is not in it."""
-        rows = [self.strategies.index(s) for s in found.strategies]
-        if self.reference not in rows:
+        names = list(found.strategies)
+        if self.strategies[self.reference] not in names:
             raise UsageError("a measurement needs the reference among its strategies")
-        at = rows.index(self.reference)
+        at = names.index(self.strategies[self.reference])
         scale = found.moments[at, REFERENCE] + found.moments[at, VARIANCE] / self.batch_size
-        scale = scale if scale > 0 else 1.0
-        moments_CE = np.full((len(self.strategies), len(MOMENTS)), np.nan)
-        influence_CEM = np.zeros((*moments_CE.shape, found.influence.shape[-1]))
-        sub_batches_C = np.zeros(len(self.strategies))
-        moments_CE[rows], influence_CEM[rows] = found.moments / scale, found.influence / scale
-        sub_batches_C[rows] = found.sub_batches
-        self.probes.append(_Probe(fraction, moments_CE, influence_CEM, sub_batches_C))
+        self.probes.append(self._placed(fraction, found, float(scale) if scale > 0 else 1.0))
         self.probes = [p for p in self.probes if self._decay(p, fraction) >= FORGOTTEN]
 
     def pooled(self, fraction: float, *, last: int | None = None) -> Pooled:
@@ -150,7 +155,11 @@ class Evidence:
         # |G|^2 is one number for all strategies; where it is lost in noise, its error stands in for it
         error = float(errors_BCE[:, self.reference, REFERENCE].std())
         common = max(float(moments_CE[self.reference, REFERENCE]), error)
+        apart_C, apart_BC = (m[..., INNER] - m[..., REFERENCE] for m in (moments_CE, errors_BCE))
+        known_C = (SHRINKAGE * common) ** 2 / ((SHRINKAGE * common) ** 2 + apart_BC.var(axis=0))
         moments_CE, draws_BCE = moments_CE.copy(), moments_CE + errors_BCE
+        moments_CE[:, INNER] = common + known_C * apart_C
+        draws_BCE[..., INNER] = common + known_C * (apart_C + apart_BC)
         moments_CE[:, REFERENCE] = draws_BCE[..., REFERENCE] = common if common > 0 else np.nan
         draws_BCE[..., VARIANCE] = np.maximum(draws_BCE[..., VARIANCE], 0.01 * moments_CE[:, VARIANCE])
         return self._score(moments_CE), self._score(draws_BCE)
@@ -177,19 +186,29 @@ class Evidence:
                 "strategies": [int(c) for c in np.flatnonzero(p.sub_batches_C)],
                 "moments": p.moments_CE[p.sub_batches_C > 0].tolist(),
                 "influence": p.influence_CEM[p.sub_batches_C > 0].tolist(),
+                "sub_batches": p.sub_batches_C[p.sub_batches_C > 0].tolist(),
             }
             for p in self.probes
         ]
 
-    def load(self, state: Sequence[dict[str, object]]) -> None:
-        """Inverse of `state`."""
-        self.probes = []
+    def read(self, state: Sequence[Mapping[str, Any]]) -> list[_Probe]:
+        """The probes that `state` wrote. Raises UsageError, ValueError, KeyError or TypeError for anything else."""
+        probes = []
         for kept in state:
-            rows = np.asarray(kept["strategies"], dtype=np.int64)
-            moments = np.asarray(kept["moments"], dtype=np.float64)
-            influence = np.asarray(kept["influence"], dtype=np.float64)
-            moments_CE = np.full((len(self.strategies), len(MOMENTS)), np.nan)
-            influence_CEM = np.zeros((*moments_CE.shape, influence.shape[-1]))
-            moments_CE[rows], influence_CEM[rows] = moments, influence
-            count_C = (influence_CEM != 0).any(axis=1).sum(axis=-1).astype(np.float64)
-            self.probes.append(_Probe(float(str(kept["fraction"])), moments_CE, influence_CEM, count_C))
+            rows = [int(c) for c in kept["strategies"]]
+            if not all(0 <= c < len(self.strategies) for c in rows):
+                raise ValueError("a strategy that is not on the grid")
+            found = Measurement(
+                tuple(self.strategies[c] for c in rows), kept["moments"], kept["influence"], kept["sub_batches"]
+            )
+            probes.append(self._placed(float(kept["fraction"]), found, 1.0))
+        return probes
+
+    def _placed(self, fraction: float, found: Measurement, scale: float) -> _Probe:
+        rows = [self.strategies.index(s) for s in found.strategies]
+        moments_CE = np.full((len(self.strategies), len(MOMENTS)), np.nan)
+        influence_CEM = np.zeros((*moments_CE.shape, found.influence.shape[-1]))
+        sub_batches_C = np.zeros(len(self.strategies))
+        moments_CE[rows], influence_CEM[rows] = found.moments / scale, found.influence / scale
+        sub_batches_C[rows] = found.sub_batches
+        return _Probe(fraction, moments_CE, influence_CEM, sub_batches_C)

@@ -36,6 +36,7 @@ class ProbePlanner:
         self.strategies = tuple(grid.strategies())
         self.shared = {s: dict(shared.get(s, {})) for s in self.strategies}
         self.probes = 0
+        self._planned: tuple[tuple[object, ...], ProbePlan | None] | None = None
         self._blank = 0  # probes in a row that gave nothing at all
         self._seen = dict.fromkeys(self.strategies, -1)  # number of the last probe that tried it
         self._failed = dict.fromkeys(self.strategies, 0)  # probes in a row in which it failed
@@ -48,6 +49,14 @@ class ProbePlanner:
         Where it pays for few probes, it is better spent on fewer of more strategies. None where it does not even pay
         for one of the reference and one other, or where probes keep failing.
         """
+        key = (self.probes, tuple(candidates), incumbent, cap, set_up)
+        if self._planned is None or self._planned[0] != key:
+            self._planned = key, self._plan(candidates, incumbent, cap, set_up)
+        return self._planned[1]
+
+    def _plan(
+        self, candidates: Sequence[Strategy], incumbent: Strategy | None, cap: float, set_up: float
+    ) -> ProbePlan | None:
         if self._blank >= RETRIES:
             return None
         reference, wanted = self.grid.reference, self._by_interest(candidates, incumbent)
@@ -93,19 +102,20 @@ class ProbePlanner:
     def leave_out(self, strategy: Strategy) -> None:
         """Never measure a strategy."""
         self._failed[strategy] = RETRIES
+        self._planned = None
 
     def _by_interest(self, candidates: Sequence[Strategy], incumbent: Strategy | None) -> list[Strategy]:
         """Strategies to measure, the most interesting first.
 
-        What runs now, then its neighbours on the grid; a strategy gains a place for every probe that it has been
-        left out of, so all are measured in the end. Those that failed are tried again, last.
+        What runs now, then those never measured, then its neighbours on the grid; a strategy gains a place for every
+        probe that it has been left out of, so all are measured again. Those that failed are tried again, last.
         """
         centre = self.grid.position(incumbent or self.grid.reference)
 
-        def interest(strategy: Strategy) -> tuple[int, int]:
+        def interest(strategy: Strategy) -> tuple[bool, bool, int, int]:
             apart = sum(abs(a - b) for a, b in zip(self.grid.position(strategy), centre, strict=True))
             missed = self.probes - 1 - self._seen[strategy]
-            return (apart - missed if apart else -self.probes - len(self.strategies), apart)
+            return (apart > 0, self._seen[strategy] >= 0, apart - missed, apart)
 
         again = [s for s in self.strategies if 0 < self._failed[s] < RETRIES and s not in candidates]
         return sorted(candidates, key=interest) + again
@@ -124,4 +134,4 @@ class ProbePlanner:
         seen = dict(zip(self.strategies, map(int, state["seen"]), strict=True))
         failed = dict(zip(self.strategies, map(int, state["failed"]), strict=True))
         self.probes, self._blank = int(state["probes"]), int(state["blank"])
-        self._seen, self._failed = seen, failed
+        self._seen, self._failed, self._planned = seen, failed, None

@@ -109,7 +109,7 @@ def test_a_run_is_told_in_parts_that_add_up() -> None:
     assert parts["part: start"] == pytest.approx((1 - worth_TC[: CELLS // 5]).mean() * 0.2 * CELLS / (CELLS + 5))
     assert parts["part: probes"] == pytest.approx(5 / (CELLS + 5)) and parts["part: finish"] > 0
     assert found["total"] == pytest.approx(sum(parts.values()))
-    assert (found["switches"], found["returns"], found["overhead"]) == (3, 1, pytest.approx(5 / CELLS))
+    assert (found["switches"], found["returns"]) == (3, 1) and found["overhead"] == pytest.approx(5 / CELLS)
     assert found["least gap"] == pytest.approx(0.1) and found["shortest return"] == pytest.approx(0.15)
 
 

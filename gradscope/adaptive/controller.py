@@ -139,6 +139,7 @@ class AdaptiveController:
             )
         if check and len(strategies) > 1:
             self._leave_out_refused()
+        self._tell_if_blind()
 
     @property
     def budget(self) -> float:
@@ -205,9 +206,10 @@ class AdaptiveController:
         self.samples += count
         self.step = step + 1
         self.policy.advance(step, self.spent)
-        moment = None
-        set_up = 0.0
-        if "optimizer" in self._conduct.metrics and self.policy.plan(self.spent) is not None:
+        if self.policy.plan(self.spent) is None:
+            return
+        moment, set_up = None, 0.0
+        if "optimizer" in self._conduct.metrics:
             moment = live_second_moment(self.model, self.optimizer)
             if moment is None:
                 sub_batch = self._conduct.sub_batch
@@ -294,6 +296,19 @@ class AdaptiveController:
                 add_row(self.cube, self, step, probe)
             except (OSError, GradscopeError) as error:
                 self.report(f"probe at step {step}: {self.cube} could not be written ({error}); training goes on")
+
+    def _tell_if_blind(self) -> None:
+        policy = self.policy
+        if len(policy.strategies) < 2 or not policy.rule.overhead:
+            return
+        cap = policy.rule.overhead * self.budget
+        if policy.planner.plan(policy.candidates, None, cap - policy.probe_units, 0.0) is None:
+            pair = sorted(policy.strategies, key=policy.costs.__getitem__)[0], self.task.grid.reference
+            least = policy.planner.units(pair, policy.rule.minimum)
+            self.report(
+                f"{policy.rule.overhead:.1%} of the budget, {cap:,.0f} units, pays for no probe (at least {least:,.0f}): "
+                "all strategies stay mixed; raise overhead, or take fewer strategies or a smaller sub_batch"
+            )
 
     def _leave_out_refused(self) -> None:
         """Find out, on a few samples, what the model refuses, so that no training step ever tries it."""

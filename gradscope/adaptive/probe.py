@@ -51,7 +51,7 @@ class Probe:
         blocks = max(e.blocks for e in known.values())
         moments = np.stack([e.total_WE[metric_index, ORDER] for e in known.values()])
         influence = np.stack([influence_of(e.deleted_MWE[:, :, ORDER], blocks)[metric_index] for e in known.values()])
-        return Measurement(tuple(known), moments, influence)
+        return Measurement(tuple(known), moments, influence, np.array([e.blocks for e in known.values()]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradscope.adaptive import AdaptiveController
@@ -57,7 +57,8 @@ class Follower:
     def build(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Have a controller: where it is made here, a new one for each training that begins at step 0.
 
-        Raises UsageError for a controller of another optimizer, whose second moment would never be that of training.
+        Raises UsageError for a controller of another optimizer, whose second moment would never be that of training,
+        and for one that was made before the processes of a distributed job had joined, which would decide alone.
         """
         if self._make is not None and (self._made is None or (step == 0 and self._made.step > 0)):
             self._made = self._make(model, optimizer)
@@ -65,6 +66,13 @@ class Follower:
             raise UsageError(
                 "the controller was made for another optimizer than the one that trains; give a function (model, "
                 "optimizer) -> AdaptiveController, which is called when there is one"
+            )
+        joined = distributed.is_available() and distributed.is_initialized()
+        processes = distributed.get_world_size() if joined else 1
+        if self.controller.ranks.size != processes:
+            raise UsageError(
+                f"the controller knows of {self.controller.ranks.size} and there are {processes} processes; give a "
+                "function (model, optimizer) -> AdaptiveController, which is called when they have joined"
             )
 
     def begin(self, step: int) -> None:

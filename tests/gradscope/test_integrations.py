@@ -188,6 +188,15 @@ def test_a_controller_of_another_optimizer_is_refused(monkeypatch: pytest.Monkey
         LightningLoop(adapter.OnlineCallback(controller), model, torch.optim.Adam(model.parameters()))
 
 
+def test_a_controller_made_before_the_processes_joined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = adapter_with(monkeypatch, "lightning", lightning__pytorch=Callback)
+    model, optimizer, controller = setup()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(UsageError, match="knows of 1 and there are 2 processes; give a function"):
+        LightningLoop(adapter.OnlineCallback(controller), model, optimizer)
+
+
 def test_lightning_s_validation_sees_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = adapter_with(monkeypatch, "lightning", lightning__pytorch=Callback)
     model, optimizer, controller = setup()

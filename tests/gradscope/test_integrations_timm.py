@@ -67,6 +67,14 @@ class Loop:
             self.scheduler.step_update(num_updates=self.num_updates, metric=loss.item())
 
 
+def continue_from(first: Loop, second: Loop) -> None:
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.scheduler.load_state_dict(first.scheduler.state_dict())
+    second.num_updates = first.num_updates
+    second.scheduler.step_update(second.num_updates)  # timm's script does so when it resumes
+
+
 def test_timm_s_calls_give_the_run_of_a_loop_of_ones_own() -> None:
     loop = Loop()
     loop.run()
@@ -92,11 +100,7 @@ def test_a_run_goes_on_from_its_state() -> None:
     whole, first, second = Loop(scheduled=True), Loop(scheduled=True), Loop(scheduled=True)
     whole.run()
     first.run(stop=60)
-    second.model.load_state_dict(first.model.state_dict())
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
-    second.scheduler.load_state_dict(first.scheduler.state_dict())
-    second.num_updates = 60
-    second.scheduler.step_update(60)  # timm's script does so when it resumes
+    continue_from(first, second)
     second.run()
     assert_same_run(second.controller, second.model, (whole.controller, whole.model))
     assert first.model.seen + second.model.seen == whole.model.seen
@@ -120,14 +124,27 @@ def test_a_loop_at_another_update_is_told() -> None:
 
 def test_a_skipped_update_is_made_up_for() -> None:
     """An update without a step, as after an overflow: the next one has its strategy, also in a run that goes on."""
-    loop = Loop()
-    loop.run(stop=40, overflows=(0, 1, 2, 30))
-    assert loop.controller.step == 36
-    state = loop.scheduler.state_dict()
-    loop.scheduler.load_state_dict(state)
+    first, loop = Loop(), Loop()
+    first.run(stop=40, overflows=(0, 1, 2, 30))
+    assert first.controller.step == 36
+    continue_from(first, loop)
     loop.run()
     assert_same_run(loop.controller, loop.model, plain_run())
     assert loop.num_updates == loop.controller.step + 4
+
+
+def test_a_grad_scaler_s_skipped_updates_are_made_up_for() -> None:
+    loop, scaler = Loop(), torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    while not loop.scheduler.finished:
+        loss = 64 * loop.model(*batch_of(loop.num_updates))["loss"]
+        scaler.scale(loss).backward()
+        scaler.step(loop.optimizer)
+        scaler.update()
+        loop.num_updates += 1
+        loop.optimizer.zero_grad()
+        loop.scheduler.step_update(loop.num_updates)
+    skipped = loop.scheduler.state_dict()["skipped"]
+    assert 3 < skipped < 20 and loop.controller.step == loop.num_updates - skipped
 
 
 def test_an_optimizer_that_never_steps_is_told() -> None:
@@ -203,6 +220,18 @@ def test_a_side_that_is_no_multiple_of_the_patch_is_refused() -> None:
         apply_to_vit(TinyViT(dynamic_img_size=True), Strategy(resolution=20))
     apply_to_vit(TinyViT(), Strategy(dropout=0, resolution=32))
     apply_to_vit(SimpleNamespace(), Strategy(dropout=0))  # type: ignore[arg-type]
+
+
+def test_timm_s_own_scheduler_can_be_given() -> None:
+    timm = pytest.importorskip("timm.scheduler", reason="timm is not installed", exc_type=ImportError)
+    loop = Loop()
+    own = timm.CosineLRScheduler(loop.optimizer, t_initial=100, t_in_epochs=False)
+    loop.scheduler.close()
+    loop.scheduler = OnlineScheduler(loop.controller, loop.model, loop.optimizer, scheduler=own, apply=set_strategy)
+    loop.run(stop=50)
+    loop.scheduler.step(1, 0.5)
+    assert loop.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+    loop.scheduler.load_state_dict(loop.scheduler.state_dict())
 
 
 def test_timm_s_own_vit_takes_every_strategy() -> None:

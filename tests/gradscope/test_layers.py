@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RANK = {
     "schedulers": 0, "errors": 1, "files": 1, "signals": 1, "progress": 1, "untouched": 1, "profile_options": 1,
-    "estimators": 2, "models": 2, "data": 2, "ranks": 2, "task": 3, "engines": 4, "methods": 4, "checks": 5,
-    "recipes": 4, "setting_checks": 5, "checkpoints": 5, "config": 5, "runlog": 5, "pilot": 5, "influence": 5,
-    "cube_costs": 5, "races": 5, "evaluation": 5, "cube": 6, "measuring": 6, "merge": 6, "stepper": 6, "plans": 9, "trainer": 10,
-    "profile_cube": 7, "adaptive": 8, "integrations": 9, "profile_plan": 8, "tasks": 8, "foreign": 10, "profiler": 8, "timing": 8, "plots": 9,
-    "report_tables": 9, "report": 10, "demo": 11, "cli": 12, "__main__": 13,
+    "estimators": 2, "models": 2, "data": 2, "ranks": 2, "task": 3, "engines": 4, "methods": 4, "recipes": 4,
+    "checks": 5, "setting_checks": 5, "checkpoints": 5, "config": 5, "runlog": 5, "pilot": 5, "influence": 5,
+    "cube_costs": 5, "races": 5, "evaluation": 5, "cube": 6, "measuring": 6, "merge": 6, "stepper": 6,
+    "profile_cube": 7, "adaptive": 8, "profile_plan": 8, "tasks": 8, "profiler": 8, "timing": 8, "plans": 9,
+    "integrations": 9, "plots": 9, "report_tables": 9, "trainer": 10, "foreign": 10, "report": 10, "demo": 11,
+    "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 

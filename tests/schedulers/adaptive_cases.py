@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,16 @@ def measurement_of(gradients: Mapping[Strategy, np.ndarray], reference: Strategy
             [moments_of(np.delete(g_MP, m, 0), np.delete(z_MP[:count], m, 0), size) for m in range(count)], axis=1
         )
         influence[row, :, :count] = np.sqrt((count - 1) / count) * (deleted - deleted.mean(1, keepdims=True))
-    return Measurement(tuple(gradients), np.stack(moments), influence)
+    counts = np.array([len(g) for g in gradients.values()])
+    return Measurement(tuple(gradients), np.stack(moments), influence, counts)
+
+
+def some_of(found: Measurement, strategies: Collection[Strategy], square: float = 1.0) -> Measurement:
+    """A measurement of some of its strategies, of gradients whose squared length is `square` times as large."""
+    rows = [i for i, s in enumerate(found.strategies) if s in strategies]
+    counts = np.asarray(found.sub_batches)[rows]
+    chosen = tuple(found.strategies[i] for i in rows)
+    return Measurement(chosen, square * found.moments[rows], square * found.influence[rows], counts)
 
 
 def gradients_of(
@@ -128,7 +137,12 @@ def new_policy(
 
 
 def steady_world(
-    policy: AdaptivePolicy, means: Mapping[Strategy, np.ndarray], *, seed: int = 0, own: float = 0.2, common: float = 1.0
+    policy: AdaptivePolicy,
+    means: Mapping[Strategy, np.ndarray],
+    *,
+    seed: int = 0,
+    own: float = 0.2,
+    common: float = 1.0,
 ) -> Callable[[int, float, ProbePlan], tuple[Measurement | None, dict[Strategy, str], float]]:
     """Every probe sees the same means, with noise that is a function of seed and step."""
 
@@ -140,7 +154,9 @@ def steady_world(
     return world
 
 
-def aligned_means(grid: Grid, quality: Mapping[str, float], width: int = 12, length: float = 2.0) -> dict[Strategy, Any]:
+def aligned_means(
+    grid: Grid, quality: Mapping[str, float], width: int = 12, length: float = 2.0
+) -> dict[Strategy, Any]:
     """Means of `length` whose cosine with the reference's is `quality`, by the text of the strategy; 1 elsewhere."""
     along, across = np.eye(width)[0], np.eye(width)[1]
     means = {}

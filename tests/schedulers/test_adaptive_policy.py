@@ -26,12 +26,13 @@ from tests.schedulers.adaptive_cases import (
     keep_cost,
     measurement_of,
     new_policy,
+    some_of,
     steady_world,
     strategy,
 )
 
 QUARTER, HALF, WHOLE = KEEP.strategies()
-GOOD_HALF = aligned_means(KEEP, {"keep=0.25": 0.2, "keep=0.5": 0.97}, length=1.5)
+GOOD_HALF = aligned_means(KEEP, {"keep=0.25": 0.2, "keep=0.5": 0.97}, length=4.0)
 GENEROUS: dict[str, Any] = {"overhead": 0.2, "minimum": 3, "maximum": 12}
 
 
@@ -63,13 +64,17 @@ def mode(number: int) -> Strategy:
 
 
 def test_before_anything_is_known_all_candidates_get_the_same_share_of_the_budget() -> None:
-    policy = new_policy(SQUARE, budget=1e9)
-    spent: Counter[Strategy] = Counter()
-    for step in range(60_000):
-        spent[policy.at(step)] += policy.costs[policy.at(step)]  # type: ignore[assignment]
-    total = sum(spent.values())
-    for s in SQUARE.strategies():
-        assert spent[s] / total == pytest.approx(1 / 9, rel=0.1), s
+    policy = new_policy(budget=1e9)
+    spent = dict.fromkeys(KEEP.strategies(), 0.0)
+    for step in range(20_000):
+        now = policy.at(step)
+        spent[now] += policy.costs[now]
+    for s in KEEP.strategies():
+        assert spent[s] / sum(spent.values()) == pytest.approx(1 / 3, rel=0.06), s
+    square = new_policy(SQUARE)
+    shares = [weight * square.costs[s] for s, weight in square.mixture(0)]
+    np.testing.assert_allclose(shares, shares[0])
+    assert len(shares) == 9
 
 
 @pytest.mark.parametrize("exploration", [0.0, 0.1, 0.5])
@@ -77,23 +82,22 @@ def test_a_chosen_strategy_runs_but_for_the_share_that_explores(exploration: flo
     policy = new_policy(budget=1e9, seed=4, exploration=exploration, start=0.0, **GENEROUS)
     Run(policy, steady_world(policy, GOOD_HALF)).once()
     assert policy.incumbent == HALF and policy.decisions[-1].why == "first"
-    first, count = policy.decisions[-1].step, 60_000
+    first, count = policy.decisions[-1].step, 20_000
     drawn = Counter(policy.at(step) for step in range(first, first + count))
     units = {s: drawn[s] * policy.costs[s] for s in KEEP.strategies()}
     for s in KEEP.strategies():
         share = exploration / 3 + (1 - exploration if s == HALF else 0)
-        assert units[s] / sum(units.values()) == pytest.approx(share, rel=0.06, abs=1e-12), s
+        assert units[s] / sum(units.values()) == pytest.approx(share, rel=0.09, abs=1e-12), s
 
 
 def test_a_mixture_says_how_often_each_is_drawn() -> None:
-    policy = new_policy(SQUARE, budget=1e9)
-    mixture = dict(policy.mixture(0))
-    assert math.fsum(mixture.values()) == pytest.approx(1)
-    drawn = Counter(policy.at(step) for step in range(40_000))
-    for s, weight in mixture.items():
-        assert drawn[s] / 40_000 == pytest.approx(weight, rel=0.12), s
-    shares = {s: w * policy.costs[s] for s, w in mixture.items()}
-    np.testing.assert_allclose(list(shares.values()), list(shares.values())[0])
+    policy = new_policy(SQUARE, budget=1e9, seed=7)
+    mixture = policy.mixture(0)
+    drawn = Counter(draw_from(mixture, seed=7, step=step) for step in range(60_000))
+    assert [policy.at(step) for step in range(100)] == [draw_from(mixture, seed=7, step=step) for step in range(100)]
+    assert math.fsum(weight for _, weight in mixture) == pytest.approx(1)
+    for s, weight in mixture:
+        assert drawn[s] / 60_000 == pytest.approx(weight, rel=0.12), s
 
 
 def test_draws_depend_on_seed_and_step_alone() -> None:
@@ -116,15 +120,16 @@ def test_a_negative_step_is_refused() -> None:
 def test_past_steps_never_change(seed: int) -> None:
     """Whatever is told: the strategy of a step that was asked for when it was the next one stays."""
     means = aligned_means(SQUARE, {str(s): 1 - 0.1 * i for i, s in enumerate(SQUARE.strategies())})
-    policy = new_policy(SQUARE, budget=12_000, seed=seed, surprise=1.0, dwell=0.0, **GENEROUS)
+    policy = new_policy(SQUARE, budget=2500, seed=seed, surprise=1.0, dwell=0.0, **{**GENEROUS, "overhead": 0.6})
 
     def world(step: int, fraction: float, plan: ProbePlan) -> Any:
         order = np.random.default_rng([seed, step]).permutation(len(means))
-        mixed = {s: list(means.values())[i] for s, i in zip(means, order, strict=True)}  # the truth changes all the time
+        mixed = {
+            s: list(means.values())[i] for s, i in zip(means, order, strict=True)
+        }  # the truth changes all the time
         failing = [s for s in plan.strategies[1:] if (step + hash(str(s)) + seed) % 5 == 0]
         found, _, units = steady_world(policy, mixed, seed=seed)(step, fraction, plan)
-        rows = [i for i, s in enumerate(found.strategies) if s not in failing]
-        kept = Measurement(tuple(found.strategies[i] for i in rows), found.moments[rows], found.influence[rows])
+        kept = some_of(found, set(plan.strategies) - set(failing))
         return kept, dict.fromkeys(failing, "broken"), units
 
     run = Run(policy, world)
@@ -133,7 +138,7 @@ def test_past_steps_never_change(seed: int) -> None:
         mixtures.append(policy.mixture(run.step))
         if not run.once():
             break
-        if run.step % 40 == 0:
+        if run.step % 250 == 0:
             assert [policy.at(step) for step in range(run.step)] == run.seen
     assert len(run.plans) > 3 and len(policy.decisions) > 3
     assert [policy.at(step) for step in range(run.step)] == run.seen
@@ -143,7 +148,7 @@ def test_past_steps_never_change(seed: int) -> None:
 # --- the cap
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_the_cap_is_never_exceeded(data: st.DataObject) -> None:
     """Random rules, grids and budgets; probes cost anything up to their plan, and find anything or nothing."""
@@ -155,7 +160,7 @@ def test_the_cap_is_never_exceeded(data: st.DataObject) -> None:
         "frozen": data.draw(st.booleans()), "dwell": data.draw(st.floats(0, 0.2)),
         "exploration": data.draw(st.floats(0, 0.9)), "surprise": data.draw(st.floats(0, 4)),
     }  # fmt: skip
-    budget = data.draw(st.one_of(st.floats(1, 200), st.floats(200, 6000)))
+    budget = data.draw(st.one_of(st.floats(1, 200), st.floats(200, 2500)))
     policy = new_policy(grid, budget=budget, batch_size=4, seed=data.draw(st.integers(0, 99)), **rule)
     set_up = data.draw(st.sampled_from([0.0, 0.0, 3.0, 48.0]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -293,15 +298,30 @@ def test_the_tolerance_holds_for_scores_below_zero() -> None:
         assert verdict.scores[mode(1)] == pytest.approx(0.5 * ahead, rel=1e-3)  # as the criterion has it: an error
 
 
+@pytest.mark.parametrize("confidence", [1.0, 2.0])
+def test_no_change_is_made_on_an_advantage_within_its_error(confidence: float) -> None:
+    """What the user is told and what is done agree, also where few sub-batches make scores skewed."""
+    changes = 0
+    for seed in range(14):
+        means = aligned_means(KEEP, {"keep=0.25": 0.2, "keep=0.5": 0.97}, length=1.5)
+        policy = new_policy(budget=9000, seed=seed, minimum=3, maximum=6, overhead=0.1, confidence=confidence)
+        run = Run(policy, steady_world(policy, means, seed=seed)).all()
+        for verdict in run.verdicts:
+            if verdict.switched:
+                changes += 1
+                assert verdict.advantage > confidence * verdict.standard_error, verdict
+    assert changes > 5
+
+
 @pytest.mark.parametrize("dwell", [0.0, 0.1, 0.3])
 def test_switches_keep_their_distance(dwell: float) -> None:
     """The best one changes with every probe, beyond all doubt."""
     policy = costing_the_same(2, dwell=dwell, surprise=0.5)
-    for i in range(100):
+    for i in range(50):
         good = i % 2
-        policy.tell(i, 10.0 * i, 0.0, exact_probe({mode(0): 0.9 - 0.8 * good, mode(1): 0.1 + 0.8 * good}))
+        policy.tell(i, 20.0 * i, 0.0, exact_probe({mode(0): 0.9 - 0.8 * good, mode(1): 0.1 + 0.8 * good}))
     changes = [d.fraction for d in policy.decisions if d.why in ("first", "switch")]
-    assert min(np.diff(changes)) >= max(dwell, 0.01) - 1e-12
+    assert min(np.diff(changes)) >= max(dwell, 0.02) - 1e-12
     assert len(changes) == policy.switches + 1 >= 3
     if dwell:
         assert policy.switches <= 1 / dwell
@@ -311,7 +331,7 @@ def test_noise_alone_does_not_make_it_oscillate() -> None:
     """Two strategies as good as each other: few switches in a whole run, over seeds."""
     means = aligned_means(KEEP, {"keep=0.25": 0.3, "keep=0.5": math.sqrt(0.72)}, length=1.5)
     switches = []
-    for seed in range(12):
+    for seed in range(8):
         policy = new_policy(budget=8000, seed=seed, minimum=3, maximum=8)
         Run(policy, steady_world(policy, means, seed=seed, own=0.6)).all()
         switches.append(policy.switches)
@@ -352,7 +372,7 @@ def test_no_finish_where_none_is_wanted() -> None:
 
 
 def test_frozen_measures_but_never_decides() -> None:
-    policy = new_policy(budget=20_000, frozen=True)
+    policy = new_policy(budget=20_000, frozen=True, overhead=0.06)
     run = Run(policy, steady_world(policy, GOOD_HALF)).all()
     assert len(run.plans) >= 4 and policy.probe_units > 0
     assert [d.why for d in policy.decisions] == ["start"] and policy.incumbent is None
@@ -373,8 +393,7 @@ def test_a_grid_of_one_is_a_plain_run() -> None:
 
 
 def without(found: Measurement, *gone: Strategy) -> Measurement:
-    rows = [i for i, s in enumerate(found.strategies) if s not in gone]
-    return Measurement(tuple(found.strategies[i] for i in rows), found.moments[rows], found.influence[rows])
+    return some_of(found, set(found.strategies) - set(gone))
 
 
 def failing_world(policy: AdaptivePolicy, means: Any, fails: Any) -> Any:
@@ -401,8 +420,7 @@ def test_a_candidate_that_fails_is_neither_chosen_nor_explored_until_it_is_back(
     assert gone < back < finish
     assert QUARTER in run.seen[:gone] and QUARTER not in run.seen[gone:back] and QUARTER in run.seen[back:finish]
     shares = {s: w * policy.costs[s] for s, w in policy.mixture(gone)}
-    assert set(shares) == {HALF, WHOLE}
-    assert shares[WHOLE] / sum(shares.values()) == pytest.approx(policy.decisions[-1].exploration or 0.3, abs=0.21)
+    assert set(shares) == {HALF, WHOLE} and shares[WHOLE] / sum(shares.values()) == pytest.approx(0.3)
 
 
 def test_a_candidate_that_keeps_failing_is_given_up() -> None:
@@ -413,7 +431,7 @@ def test_a_candidate_that_keeps_failing_is_given_up() -> None:
 
 
 def test_the_only_alternative_comes_back_after_one_failure() -> None:
-    """"No candidates until a later probe measures them": a later probe has to try."""
+    """ "No candidates until a later probe measures them": a later probe has to try."""
     policy = new_policy(TWO, budget=30_000, overhead=0.1, minimum=3, maximum=4)
     means = aligned_means(TWO, {"keep=0.5": 0.99})
     Run(policy, failing_world(policy, means, lambda n: [HALF] if n == 0 else [])).all()
@@ -438,15 +456,27 @@ def test_what_runs_is_left_when_it_fails_for_good_and_another_is_better_than_it_
     assert policy.incumbent == mode(2)
 
 
+def test_what_runs_is_left_when_nothing_is_known_of_it_any_more() -> None:
+    """It fails, and the others contradict all that was known, which is forgotten: the best of those known goes on."""
+    policy = costing_the_same(3, half_life=5.0)
+    for i in range(5):
+        policy.tell(i, float(i), 0.0, exact_probe({mode(0): 0.8, mode(1): 0.9, mode(2): 0.1}))
+    assert policy.incumbent == mode(1)
+    for i in range(5, 9):
+        probe = exact_probe({mode(0): 0.3, mode(2): 0.99})
+        verdict = policy.tell(i, 100.0 * i, 0.0, probe, {mode(1): "out of memory"})
+        assert i > 5 or verdict.forgot
+    assert policy.incumbent == mode(2)
+
+
 @pytest.mark.parametrize("kind", ["nothing", "no reference"])
 def test_a_probe_without_the_reference_changes_nothing(kind: str) -> None:
     policy = new_policy(budget=30_000, overhead=0.1)
     run = Run(policy, steady_world(policy, GOOD_HALF))
     while len(run.plans) < 2:
-        run.once()
-    before, plan = policy.state_dict(), None
-    while (plan := policy.plan(run.spent)) is None:
-        run.spent += 24
+        assert run.once()
+    before = policy.state_dict()
+    plan = next(plan for spent in range(int(run.spent), 27_000, 24) if (plan := policy.plan(spent)) is not None)
     found = None if kind == "nothing" else without(steady_world(policy, GOOD_HALF)(5, 0.2, plan)[0], WHOLE)
     verdict = policy.tell(run.step, run.spent, 10.0, found, dict.fromkeys(plan.strategies, "the loss is nan"))
     assert verdict.best is None and not verdict.switched and not verdict.scores
@@ -498,30 +528,30 @@ def test_a_doubtful_contradiction_forgets_nothing() -> None:
 
 
 def test_a_slow_drift_is_followed() -> None:
-    policy = new_policy(budget=30_000, finish=0.0)
+    policy = new_policy(budget=30_000, finish=0.0, overhead=0.2)
 
     def world(step: int, fraction: float, plan: ProbePlan) -> Any:
-        means = aligned_means(KEEP, {"keep=0.25": 0.2, "keep=0.5": 0.97 * (1 - fraction) ** 0.7}, length=1.5)
+        means = aligned_means(KEEP, {"keep=0.25": 0.0, "keep=0.5": 0.97 * (1 - fraction) ** 0.4}, length=2.0)
         return steady_world(policy, means)(step, fraction, plan)
 
     Run(policy, world).all()
     chosen = [d.strategy for d in policy.decisions if d.why in ("first", "switch")]
     assert chosen == [HALF, WHOLE]
-    assert 0.2 < policy.decisions[-1].fraction < 0.8  # descent of half the sequence falls below the whole one's at 0.4
+    assert 0.4 < policy.decisions[-1].fraction < 0.9  # the score of half the sequence falls below at 0.41
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e9])
 def test_the_length_of_all_gradients_changes_no_decision(factor: float) -> None:
     runs = []
     for scale in (1.0, factor):
-        policy = new_policy(SQUARE, budget=12_000, dwell=0.0, surprise=1.0, **GENEROUS)
+        policy = new_policy(SQUARE, budget=2500, dwell=0.0, surprise=1.0, **{**GENEROUS, "overhead": 0.5})
         quality = {str(s): 1 - 0.09 * i for i, s in enumerate(SQUARE.strategies())}
         told = steady_world(policy, aligned_means(SQUARE, quality))
 
         def world(step: int, fraction: float, plan: ProbePlan, told: Any = told, scale: float = scale) -> Any:
             found, failed, units = told(step, fraction, plan)
             square = (scale * math.exp(-3 * fraction)) ** 2 if scale != 1 else math.exp(-3 * fraction) ** 2
-            return Measurement(found.strategies, square * found.moments, square * found.influence), failed, units
+            return some_of(found, found.strategies, square), failed, units
 
         runs.append(Run(policy, world).all())
     assert runs[0].policy.decisions == runs[1].policy.decisions and len(runs[0].plans) > 2
@@ -539,23 +569,29 @@ def plain(value: object) -> bool:
     return type(value) in (str, int, float, bool, type(None))
 
 
+FOUR = Grid({"patch": (2, 4), "dropout": (0, 0.5)}, Strategy(patch=2, dropout=0))
+EVENTFUL: dict[str, Any] = {
+    "budget": 4000, "surprise": 1.5, "dwell": 0.02, "overhead": 0.5, "minimum": 3, "maximum": 5, "exploration": 0.3
+}  # fmt: skip
+
+
 def eventful(seed: int) -> tuple[AdaptivePolicy, Any]:
     """A run with drift, failures and a contradiction; its world is a function of step and plan alone."""
-    policy = new_policy(SQUARE, budget=9000, seed=seed, surprise=1.5, dwell=0.02, **GENEROUS)
+    policy = new_policy(FOUR, seed=seed, **EVENTFUL)
     if seed % 2:
-        policy.leave_out(strategy("patch=8,dropout=0.25"), "refused")
+        policy.leave_out(strategy("patch=4,dropout=0.5"), "refused")
     return policy, eventful_world
 
 
 def eventful_world(step: int, fraction: float, plan: ProbePlan) -> Any:
     rng = np.random.default_rng(step)
     turn = int(4 * fraction)
-    quality = {str(s): 1 - 0.11 * ((i + 4 * turn) % 9) for i, s in enumerate(SQUARE.strategies())}
-    means = aligned_means(SQUARE, quality)
-    failed = [s for s in plan.strategies if s != SQUARE.reference and rng.random() < 0.15]
+    quality = {str(s): 1 - 0.25 * ((i + turn) % 4) for i, s in enumerate(FOUR.strategies())}
+    means = aligned_means(FOUR, quality)
+    failed = [s for s in plan.strategies if s != FOUR.reference and rng.random() < 0.15]
     found = measurement_of(
         gradients_of({s: means[s] for s in plan.strategies if s not in failed}, rng, plan.sub_batches),
-        SQUARE.reference,
+        FOUR.reference,
     )
     if rng.random() < 0.1:
         return None, dict.fromkeys(plan.strategies, "nan"), 0.5 * plan.units
@@ -564,29 +600,29 @@ def eventful_world(step: int, fraction: float, plan: ProbePlan) -> Any:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_taken_up_at_any_step_decides_as_it_would_have(seed: int) -> None:
+    """From every step around a probe or a decision as far as the next ones, and from some to the end."""
     policy, world = eventful(seed)
     whole = Run(policy, world)
     states = []
     while True:
-        states.append((whole.step, whole.spent, json.dumps(policy.state_dict(), allow_nan=False)))
+        states.append((whole.spent, json.dumps(policy.state_dict(), allow_nan=False)))
         if not whole.once():
             break
-    assert len(policy.decisions) > 5 and len(whole.plans) > 4, (policy.decisions, len(whole.plans))
-    told_at = {i for i in range(1, len(states)) if states[i][2] != states[i - 1][2]}
+    assert len(policy.decisions) >= 5 and len(whole.plans) > 4, (policy.decisions, len(whole.plans))
+    told_at = [i for i in range(1, len(states)) if states[i][1] != states[i - 1][1]]
     points = sorted({0, len(states) - 1, *told_at, *(i - 1 for i in told_at), *range(0, len(states), 97)})
-    for i in points:
-        step, spent, text = states[i]
-        other = new_policy(SQUARE, budget=9000, seed=seed, surprise=1.5, dwell=0.02, **GENEROUS)
+    for number, step in enumerate(points):
+        spent, text = states[step]
+        other = new_policy(FOUR, seed=seed, **EVENTFUL)
         other.load_state_dict(json.loads(text))
         assert json.dumps(other.state_dict()) == text
         assert [other.at(k) for k in range(step)] == whole.seen[:step]
-        # as far as the next two probes, and to the end from some
-        rest = Run(other, world, spent=spent, step=step)
-        until = whole.step if i in points[::5] else min([s[0] for s in states[i:] if s[2] != text][:1] + [step + 30]) + 2
-        while rest.step < min(until, whole.step):
+        rest, next_told = Run(other, world, spent=spent, step=step), [i for i in told_at if i > step][:2]
+        until = whole.step if number % 7 == 0 else max(next_told, default=whole.step)
+        while rest.step < until:
             assert rest.once()
-        assert rest.seen == whole.seen[step : rest.step]
-        assert json.dumps(other.state_dict()) == states[rest.step][2] and rest.spent == states[rest.step][1]
+        assert rest.seen == whole.seen[step:until]
+        assert (rest.spent, json.dumps(other.state_dict())) == states[until]
 
 
 def test_a_state_is_made_of_plain_types_and_a_copy() -> None:
@@ -606,7 +642,7 @@ def half_way() -> tuple[AdaptivePolicy, dict[str, Any]]:
     policy, world = eventful(0)
     run = Run(policy, world)
     while len(run.plans) < 3:
-        run.once()
+        assert run.once()
     return policy, policy.state_dict()
 
 
@@ -623,7 +659,7 @@ def half_way() -> tuple[AdaptivePolicy, dict[str, Any]]:
 def test_a_state_of_other_settings_is_refused(
     changes: dict[str, Any], message: str, half_way: tuple[AdaptivePolicy, dict[str, Any]]
 ) -> None:
-    given = {"grid": SQUARE, "budget": 9000, "seed": 0, "surprise": 1.5, "dwell": 0.02, **GENEROUS, **changes}
+    given = {"grid": FOUR, "seed": 0, **EVENTFUL, **changes}
     other = new_policy(**given)
     before = other.state_dict()
     with pytest.raises(UsageError, match=f"the state is of another run: {message}") as error:
@@ -648,8 +684,9 @@ def test_a_newer_state_is_refused(half_way: tuple[AdaptivePolicy, dict[str, Any]
 @pytest.mark.parametrize(
     "damage",
     [
-        {"version": None}, {"settings": "no JSON"}, {"settings": "[]"}, {"decisions": []}, {"decisions": [{}]}, {"decisions": 3},
-        {"probe_units": "many"}, {"probe_units": None}, {"planner": {}}, {"planner": None}, {"left_out": ["nonsense"]},
+        {"version": None}, {"settings": "no JSON"}, {"settings": "[]"}, {"decisions": []}, {"decisions": [{}]},
+        {"decisions": 3}, {"probe_units": "many"}, {"probe_units": None}, {"planner": {}}, {"planner": None},
+        {"left_out": ["nonsense"]},
         {"evidence": [{}]}, {"evidence": None},
         {"evidence": [{"fraction": 0.1, "strategies": [77], "moments": [[1.0] * 5], "influence": [[[1.0]] * 5]}]},
         {"evidence": [{"fraction": 0.1, "strategies": [0], "moments": [[1.0] * 4], "influence": [[[1.0]] * 5]}]},
@@ -660,8 +697,7 @@ def test_a_newer_state_is_refused(half_way: tuple[AdaptivePolicy, dict[str, Any]
 def test_a_damaged_state_is_refused_and_leaves_the_policy_as_it_was(
     damage: dict[str, Any], half_way: tuple[AdaptivePolicy, dict[str, Any]]
 ) -> None:
-    policy, state = half_way
-    fresh = eventful(0)[0]
+    state, fresh = half_way[1], eventful(0)[0]
     before = fresh.state_dict()
     with pytest.raises(GradscopeError):
         fresh.load_state_dict({**state, **damage})
@@ -701,7 +737,7 @@ def test_a_schedule_of_what_ran_runs_the_same_mixtures(seed: int) -> None:
     policy, world = eventful(seed)
     run = Run(policy, world).all()
     schedule = policy.schedule(run.spent)
-    assert schedule.budget == 9000 and schedule.batch_size == 8 and schedule.criterion == "descent"
+    assert schedule.budget == 4000 and schedule.batch_size == 8 and schedule.criterion == "descent"
     assert type(schedule).from_json(schedule.to_json()) == schedule
     assert schedule.constraints["probe_units"] == policy.probe_units
     for step in range(0, run.step, 7):

@@ -12,7 +12,7 @@ import pytest
 import schedulers.evidence
 from schedulers import MOMENTS, Criterion, Measurement, Strategy, UsageError, get_criterion
 from schedulers.evidence import Evidence
-from tests.schedulers.adaptive_cases import KEEP, aligned_means, gradients_of, keep_cost, measurement_of
+from tests.schedulers.adaptive_cases import KEEP, aligned_means, gradients_of, keep_cost, measurement_of, some_of
 
 QUARTER, HALF, WHOLE = KEEP.strategies()
 SIZE, HALF_LIFE = 8, 0.15
@@ -20,7 +20,9 @@ SIZE, HALF_LIFE = 8, 0.15
 
 def reading(name: str) -> Criterion:
     """A criterion that is a moment itself."""
-    return Criterion(name, name, False, lambda moments, cost, *, beta, batch_size, reference_cost: getattr(moments, name))
+    return Criterion(
+        name, name, False, lambda moments, cost, *, beta, batch_size, reference_cost: getattr(moments, name)
+    )
 
 
 def evidence_of(criterion: str | Criterion = "descent", half_life: float = HALF_LIFE) -> Evidence:
@@ -47,13 +49,15 @@ def filled(criterion: str | Criterion = "descent", seed: int = 0, half_life: flo
     return evidence
 
 
-def weights(now: float, seed: int = 0, half_life: float = HALF_LIFE) -> dict[Strategy, list[tuple[float, float, Any, int]]]:
+def weights(
+    now: float, seed: int = 0, half_life: float = HALF_LIFE
+) -> dict[Strategy, list[tuple[float, float, Any, int]]]:
     """Of every strategy: (decay, sub-batches, measurement, its row there), probe by probe."""
     counts = [{QUARTER: 6, HALF: 6, WHOLE: 6}, {QUARTER: 4, WHOLE: 4}, {QUARTER: 9, HALF: 5, WHOLE: 9}]
     rows: dict[Strategy, list[tuple[float, float, Any, int]]] = {s: [] for s in KEEP.strategies()}
     for (fraction, found), count in zip(some_measurements(seed), counts, strict=True):
         for s, sub_batches in count.items():
-            decay = 0.5 ** ((now - fraction) / half_life)
+            decay = 0.5 ** ((now - fraction) / HALF_LIFE)
             rows[s].append((decay, sub_batches, found, found.strategies.index(s)))
     return rows
 
@@ -139,7 +143,7 @@ def test_the_length_of_all_gradients_changes_nothing(criterion: str) -> None:
     for factors in ([2.0**20] * 3, [2.0**-30, 1.0, 2.0**8]):
         scaled = evidence_of(criterion)
         for factor, (fraction, found) in zip(factors, some_measurements(), strict=True):
-            scaled.add(fraction, Measurement(found.strategies, factor**2 * found.moments, factor**2 * found.influence))
+            scaled.add(fraction, some_of(found, found.strategies, factor**2))
         after = scaled.pooled(0.6)
         for name in ("worth_C", "draws_BC", "effective_C"):
             np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
@@ -167,7 +171,7 @@ def test_a_state_survives_json_bit_for_bit(seed: int) -> None:
     evidence = filled(seed=seed)
     state = json.loads(json.dumps(evidence.state(), allow_nan=False))
     other = evidence_of()
-    other.load(state)
+    other.probes = other.read(state)
     assert other.state() == evidence.state()
     for last in (None, 1, 2):
         before, after = evidence.pooled(0.7, last=last), other.pooled(0.7, last=last)
@@ -241,6 +245,12 @@ def test_gradients_without_noise_are_known_exactly() -> None:
 def test_measurements_that_cannot_be_are_refused(strategies: Any, moments: Any, influence: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Measurement(strategies, moments, influence)
+
+
+@pytest.mark.parametrize("counts", [[4], [4, 5], [0, 4], [4, 4, 4], [4, math.nan]])
+def test_counts_that_cannot_be_are_refused(counts: list[float]) -> None:
+    with pytest.raises(UsageError, match=r"sub_batches=.*from 1 to 4"):
+        Measurement((HALF, WHOLE), np.ones((2, 5)), np.ones((2, 5, 4)), np.array(counts))
 
 
 def test_a_measurement_without_the_reference_is_refused() -> None:

@@ -26,9 +26,12 @@ def planner_of(
 
 
 def spent_by_hand(
-    strategies: list[Strategy], costs: Mapping[Strategy, float], shared: Mapping[Strategy, Mapping[str, float]], size: int,
+    strategies: list[Strategy],
+    costs: Mapping[Strategy, float],
+    shared: Mapping[Strategy, Mapping[str, float]],
+    size: int,
     sub_batches: int,
-) -> float:  # fmt: skip
+) -> float:
     """Sub-batch by sub-batch, each part with a name paid by the first that asks for it."""
     units = 0.0
     for _ in range(sub_batches):

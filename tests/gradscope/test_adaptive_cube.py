@@ -1,0 +1,189 @@
+"""The probes of an online run as a cube: what was measured, by which run, also of one that was continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from gradscope.cube import DONE, FAILED, PENDING, open_cube, profile_of
+from gradscope.pilot import training_of
+from gradscope.task import task_digest
+from schedulers import MOMENTS
+from tests.gradscope.adaptive_loops import BATCH, GRID, HALF, PROBES, QUARTER, WHOLE, Loop, Spy, new_loop, seed_all
+
+UNLIKE = {"created_at", "engine_seconds"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cube.nc"
+
+
+def opened(path: Path) -> xr.Dataset:
+    return open_cube(path).to_dataset()
+
+
+def assert_same_cube(first: Path, second: Path) -> None:
+    """Every variable of both datasets and every attribute, but for times."""
+    for group in ("/", "/param_groups"):
+        a, b = (open_cube(p)[group].to_dataset() for p in (first, second))
+        xr.testing.assert_identical(a.drop_attrs(), b.drop_attrs())
+    a, b = opened(first), opened(second)
+    assert {k: v for k, v in a.attrs.items() if k not in UNLIKE} == {
+        k: v for k, v in b.attrs.items() if k not in UNLIKE
+    }
+
+
+def test_every_probe_is_a_point_of_progress(path: Path) -> None:
+    loop = new_loop(cube=path).all()
+    cube, records = opened(path), loop.controller.probes
+    assert len(records) >= 4 and cube.sizes["progress"] == len(records)
+    assert list(cube["step"].values) == [r.step for r in records]
+    # the fraction after the probe was paid for, at which it decided
+    np.testing.assert_allclose(cube["progress"].values, [r.fraction for r in records], rtol=1e-12)
+    assert np.all(np.diff(cube["progress"].values) > 0) and (cube["status"] == DONE).all()
+    assert list(cube["keep"].values) == [0.25, 0.5, 1]
+    assert cube["n_samples"].max() == max(r.sub_batches for r in records) * BATCH
+    assert cube.attrs["source"] == "gradscope online" and cube.attrs["batch_size"] == BATCH
+    assert cube.attrs["task_digest"] == task_digest(loop.controller.task)
+
+
+def test_a_profile_of_it_scores_strategies_as_the_policy_did(path: Path) -> None:
+    """At the first probe nothing is pooled yet."""
+    loop = new_loop(cube=path).until(1)
+    (record,) = loop.controller.probes
+    profile = profile_of(opened(path), metric="optimizer")
+    score_C = profile.scores("descent", profile.progress)[0][0]
+    for score, strategy in zip(score_C, profile.grid.strategies(), strict=True):
+        assert record.scores[str(strategy)] == pytest.approx(score, rel=1e-6)
+
+
+def test_it_knows_how_the_run_was_trained(path: Path) -> None:
+    loop = new_loop(cube=path).all()
+    loop.controller.write_cube()
+    cube = opened(path)
+    assert cube.attrs["units"] == pytest.approx(loop.controller.probe_units)
+    training = training_of(cube)
+    assert training["schedule"] == "online" and training["budget"] == 6000
+    assert sorted(training["strategies"]) == sorted(map(str, GRID.strategies()))
+    stages = json.loads(cube.attrs["training_json"])["stages"]
+    assert [s["start"] for s in stages] == [d.fraction for d in loop.controller.decisions]
+    assert stages[-1]["mixture"] == [[{"keep": 1}, 1.0]]
+
+
+def test_what_failed_is_marked_and_said(path: Path) -> None:
+    def trouble(now: Any, call: int) -> float:
+        return float("nan") if now == QUARTER else 1.0
+
+    spy = Spy()
+    loop = new_loop(spy=spy, cube=path)
+    spy.trouble = trouble
+    loop.all()
+    cube = opened(path)
+    status = cube["status"].sel(keep=0.25).values
+    assert status[0] == FAILED and set(status) <= {FAILED, PENDING}
+    assert (cube["status"].sel(keep=[0.5, 1]) == DONE).all()
+    assert np.isnan(cube["inner"].sel(keep=0.25)).all()
+    failures = json.loads(cube.attrs["failures_json"])
+    assert len(failures) == int((status == FAILED).sum())
+    for record, text in zip(loop.controller.probes, failures, strict=False):
+        assert text == f"progress={record.fraction:g},keep=0.25" and "the loss is nan" in failures[text]
+
+
+def test_what_a_small_cap_left_out_is_pending(path: Path) -> None:
+    loop = new_loop({**PROBES, "overhead": 0.06}, cube=path).all()
+    cube = opened(path)
+    for row, record in enumerate(loop.controller.probes):
+        assert int((cube["status"][row] == DONE).sum()) == record.strategies
+    assert (cube["status"].sel(keep=1) == DONE).all()
+
+
+def test_a_blank_probe_leaves_no_point(path: Path) -> None:
+    spy = Spy()
+    loop = new_loop(spy=spy, cube=path).until(2)
+    spy.trouble = lambda now, call: float("nan")
+    loop.all()
+    assert len(loop.controller.probes) == 5 and opened(path).sizes["progress"] == 2
+
+
+def continued(path: Path, at: int, **options: Any) -> Loop:
+    """A run that is stopped after step `at`, whose last state is lost, and continued from half as far."""
+    seed_all()
+    first = new_loop(cube=path, **options)
+    kept: dict[str, Any] = {}
+    first.streams = False
+    while first.controller.step < at:
+        if first.controller.step == at // 2:
+            kept = {
+                "model": {k: v.clone() for k, v in first.model.state_dict().items()},
+                "optimizer": first.optimizer.state_dict(), "controller": first.controller.state_dict(),
+            }  # fmt: skip
+            kept = json_free_copy(kept)
+        assert first.once()
+    lost = len(first.controller.probes)
+    part = new_loop(cube=path, **options)
+    part.streams = False
+    part.model.load_state_dict(kept["model"])
+    part.optimizer.load_state_dict(kept["optimizer"])
+    part.controller.load_state_dict(kept["controller"])
+    assert len(part.controller.probes) < lost
+    return part.all()
+
+
+def json_free_copy(value: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(value)
+
+
+@pytest.mark.parametrize("at", [120, 260])
+def test_the_cube_of_a_continued_run_is_that_of_one_that_went_on(at: int, tmp_path: Path) -> None:
+    """Probes after the point from which it goes on are made once more, and their old rows go."""
+    seed_all()
+    whole = new_loop(cube=tmp_path / "whole.nc")
+    whole.streams = False
+    whole.all()
+    part = continued(tmp_path / "part.nc", at)
+    assert part.controller.decisions == whole.controller.decisions
+    for loop in (whole, part):
+        loop.controller.write_cube()
+    assert_same_cube(tmp_path / "whole.nc", tmp_path / "part.nc")
+
+
+@pytest.mark.parametrize("change", ["budget", "grid", "optimizer", "maximum", "seed"])
+def test_the_cube_of_an_earlier_run_is_replaced_by_a_new_one(change: str, path: Path) -> None:
+    """A controller that begins writes its own probes alone, also where the old ones were made at earlier steps."""
+    from gradscope import Grid
+
+    rule, small = {**PROBES, "start": 0.1}, Grid({"keep": (0.5, 1)}, reference=WHOLE)
+    changes: dict[str, dict[str, Any]] = {
+        "budget": {}, "grid": {"grid": small}, "optimizer": {"optimizer": "SGD"},
+        "maximum": {"rule": {**rule, "maximum": 5}}, "seed": {"seed": 7},
+    }  # fmt: skip
+    before = new_loop(**{"rule": {**rule, "start": 0.02}, "budget": 800, "cube": path, **changes[change]})
+    before.until(2)
+    assert opened(path).sizes["progress"] >= 2
+    loop = new_loop(rule, cube=path, budget=5000).until(2)
+    cube = opened(path)
+    assert list(cube["step"].values) == [r.step for r in loop.controller.probes]
+    assert cube.sizes["keep"] == 3
+
+
+def test_no_file_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    new_loop(budget=2000).all().controller.write_cube()
+    assert not list(tmp_path.iterdir())
+
+
+def test_moments_of_the_cube_are_signed_and_known(path: Path) -> None:
+    new_loop(cube=path).all()
+    cube = opened(path)
+    assert set(cube["metric"].values) == {"euclidean", "optimizer"}
+    for name in MOMENTS:
+        assert np.isfinite(cube[name].values).all(), name
+    assert (cube["inner_se"].sel(keep=HALF.number("keep")) > 0).all()

@@ -142,6 +142,8 @@ class OnlinePlan:
             cube=out / CUBE_FILE,
             report=report,
             precision=config.precision,
+            # BatchNorm in their heads couples the samples of a batch
+            estimator="auto" if config.method == "dino" and not config.head_batchnorm else "subbatch",
             charge=charge,
         )
         self.units, self._told = self.controller.spent, 0
@@ -177,6 +179,7 @@ class OnlinePlan:
         return self.controller.spent - before, row
 
     def content(self) -> dict[str, Any]:
+        self.controller.write_cube()  # a run that is continued finds its measurements beside the checkpoint
         return {"schedule": self.controller.schedule().to_json(), "online": self.controller.state_dict()}
 
     def load(self, content: Mapping[str, Any], path: Path) -> None:

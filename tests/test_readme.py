@@ -16,6 +16,7 @@ from gradscope.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+ONLINE = (ROOT / "docs" / "online.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / "notebooks" / "own_model.py"
 
 
@@ -74,7 +75,7 @@ def run_main() -> int:
     return 0
 
 
-@pytest.mark.parametrize("text", [README, TRAINING], ids=["README", "training"])
+@pytest.mark.parametrize("text", [README, TRAINING, ONLINE], ids=["README", "training", "online"])
 def test_every_gradscope_line_is_a_command_with_known_options(text: str) -> None:
     import typer.main
 
@@ -84,7 +85,7 @@ def test_every_gradscope_line_is_a_command_with_known_options(text: str) -> None
     blocks = [block.replace("\\\n", " ") for block in fenced(text, "bash")]
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     lines = [line[line.index("gradscope ") :] for line in lines if "gradscope " in line]
-    assert len(lines) >= 5
+    assert len(lines) >= 4
     for line in lines:
         name, *words = shlex.split(line)[1:]
         known = {
@@ -103,6 +104,24 @@ def test_the_code_and_the_settings_of_the_training_page_work(tmp_path: Path) -> 
     (settings,) = fenced(TRAINING, "toml")
     config = make_config({"budget": 50e6}, None, [], stored=tomllib.loads(settings)["train"])
     assert (config.method, config.small_crops, config.crop_scale, config.clip) == ("dino", 6, (0.25, 1.0), 3.0)
+
+
+def test_the_online_page_shows_the_example_and_every_setting_with_its_default() -> None:
+    from dataclasses import asdict
+
+    from schedulers import AdaptiveRule
+
+    (code,) = fenced(ONLINE, "python")
+    example = (ROOT / "notebooks" / "online_own_loop.py").read_text(encoding="utf-8")
+    shown = [line.strip() for line in code.splitlines()]
+    assert [line for line in map(str.strip, example.splitlines()) if line in shown] == shown
+    assert sum("# +" in line for line in shown) == 5
+    table = [line.split("|")[1:3] for line in ONLINE.splitlines() if line.startswith("| `")]
+    told = {}
+    for names, values in table[: 1 + next(i for i, row in enumerate(table) if "frozen" in row[0])]:
+        told |= dict(zip(re.findall(r"`(\w+)`", names), (v.strip() for v in values.split(",")), strict=True))
+    assert AdaptiveRule.parse(",".join(f"{name}={value}" for name, value in told.items())) == AdaptiveRule()
+    assert set(told) == set(asdict(AdaptiveRule()))
 
 
 def fenced(text: str, language: str) -> list[str]:

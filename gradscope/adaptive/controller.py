@@ -8,21 +8,34 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from gradscope.adaptive.probe import Conduct, Probe, live_second_moment, refused, run_probe
-from gradscope.errors import GradscopeError, InfeasibleError, TaskError, UsageError
+from gradscope.adaptive.probe import (
+    Conduct,
+    Probe,
+    gives_sample_losses,
+    live_second_moment,
+    refused,
+    run_probe,
+)
+from gradscope.checks import reason
+from gradscope.errors import GradscopeError, InfeasibleError, Interrupted, RankError, TaskError, UsageError
 from gradscope.measuring import SECOND_MOMENT_REPLICATES
+from gradscope.profile_options import ESTIMATORS
 from gradscope.ranks import Ranks, current_ranks
 from gradscope.task import Task
 from schedulers import AdaptivePolicy, AdaptiveRule, Decision, Schedule, Strategy, Verdict, parse_count
 
 VERSION = 1
+CHOICE = 32  # samples of every strategy that choosing the engine takes, a little more than `engines.choose` does
 SAMPLES = 8  # on which it is tried whether the model takes every strategy
 Report = Callable[[str], None]
+
+if TYPE_CHECKING:
+    from gradscope.adaptive.record import ProbeRows
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,8 @@ class AdaptiveController:
     given it is estimated, which costs passes. `budget` in units, also as 100M; `batch_size` samples of an optimizer
     step, over all ranks and accumulated passes. `ranks`: default those of torch.distributed, where it is
     initialised. `cube`: a file that gets the measurements, as `gradscope profile` writes them. `report`: is told of
-    every probe and decision, in one line. `precision`: "bf16" measures under autocast. `charge`: whether the budget
+    every probe and decision, in one line. `precision`: "bf16" measures under autocast. `estimator`: the engine, as of
+    `gradscope profile`; by default the first probe chooses one. `charge`: whether the budget
     pays for probes (off only to compare runs that are to be equal). `check`: whether it is tried at once, on a few
     samples, which strategies the model refuses.
 
@@ -88,6 +102,7 @@ class AdaptiveController:
         cube: str | os.PathLike[str] | None = None,
         report: Report | None = None,
         precision: str = "float32",
+        estimator: str = "auto",
         charge: bool = True,
         check: bool = True,
     ) -> None:
@@ -109,9 +124,12 @@ class AdaptiveController:
         self.step, self.samples = 0, 0
         self._spent = 0.0
         self.probe_seconds = 0.0  # of probes with all that belongs to them
-        self._engine = "auto"
+        if estimator not in ESTIMATORS:
+            raise UsageError(f"estimator={estimator!r}: choose one of {', '.join(ESTIMATORS)}")
+        self._engine = estimator
         self.probes: list[ProbeRecord] = []
         self.cube = None if cube is None else Path(cube)
+        self._rows: ProbeRows | None = None
         euclidean = optimizer is not None and "betas" not in optimizer.defaults
         metric = "euclidean" if euclidean else rule.metric
         self._conduct = Conduct(
@@ -206,14 +224,22 @@ class AdaptiveController:
         self.samples += count
         self.step = step + 1
         self.policy.advance(step, self.spent)
-        if self.policy.plan(self.spent) is None:
-            return
-        moment, set_up = None, 0.0
+        if self.policy.plan(self.spent) is not None:
+            self._probe(step)
+        if self.finished and self.probes:
+            self.write_cube()
+
+    def _probe(self, step: int) -> None:
+        """Make the probe that is due, and decide."""
+        moment, choice = None, 0.0
+        if self._engine == "auto" and gives_sample_losses(self.task):  # trying per-sample gradients is to be paid, too
+            choice = CHOICE * math.fsum(self.policy.costs.values())
+        set_up = choice
         if "optimizer" in self._conduct.metrics:
             moment = live_second_moment(self.model, self.optimizer)
             if moment is None:
                 sub_batch = self._conduct.sub_batch
-                set_up = SECOND_MOMENT_REPLICATES * sub_batch * self.policy.costs[self.task.grid.reference]
+                set_up += SECOND_MOMENT_REPLICATES * sub_batch * self.policy.costs[self.task.grid.reference]
         plan = self.policy.plan(self.spent, set_up=set_up)
         if plan is None:
             return
@@ -221,6 +247,7 @@ class AdaptiveController:
         probe = run_probe(
             self._conduct, plan, step=step, fraction=self.fraction, second_moment=moment, engine=self._engine
         )
+        probe.units += choice
         self._take(step, probe)
         self.probe_seconds += self._conduct.clock() - begun
 
@@ -229,11 +256,14 @@ class AdaptiveController:
         return self.policy.schedule(self.spent)
 
     def write_cube(self) -> None:
-        """Write all measurements to the file `cube`, on the first rank; also done after every probe."""
-        if self.cube is not None and self.ranks.first:
-            from gradscope.adaptive.record import refresh
+        """Write all measurements to the file `cube`, on the first rank.
 
-            refresh(self.cube, self)
+        Done by itself from time to time and when the budget is spent; before a checkpoint is saved it keeps both
+        together. A file that cannot be written is told and changes nothing.
+        """
+        if self.cube is not None and self.ranks.first:
+            rows = self._rows_of(self.cube)
+            self._write(lambda: rows.save(self))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decisions depend on, as plain values; `torch.load(weights_only=True)` and JSON keep it."""
@@ -265,6 +295,7 @@ class AdaptiveController:
             raise GradscopeError(f"the controller's state is damaged ({type(error).__name__}: {error})") from error
         self.policy.load_state_dict(policy, strict=strict)
         self.step, self.samples, self._engine, self.probes = step, samples, engine, records
+        self._rows = None
         self._spent, self.probe_seconds = spent, seconds
 
     def _take(self, step: int, probe: Probe) -> None:
@@ -290,12 +321,23 @@ class AdaptiveController:
         self.probes.append(record)
         self.report(_told(record, self.policy))
         if self.cube is not None and self.ranks.first and probe.found:
-            from gradscope.adaptive.record import add_row
+            rows = self._rows_of(self.cube)
+            self._write(lambda: rows.add(self, step, probe))
 
-            try:
-                add_row(self.cube, self, step, probe)
-            except (OSError, GradscopeError) as error:
-                self.report(f"probe at step {step}: {self.cube} could not be written ({error}); training goes on")
+    def _write(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (Interrupted, RankError):
+            raise
+        except Exception as error:  # whatever it is, no training dies of it
+            self.report(f"{self.cube} could not be written ({reason(error)}); training goes on")
+
+    def _rows_of(self, path: Path) -> ProbeRows:
+        if self._rows is None:
+            from gradscope.adaptive.record import ProbeRows  # needs xarray
+
+            self._rows = ProbeRows(path)
+        return self._rows
 
     def _tell_if_blind(self) -> None:
         policy = self.policy
@@ -306,8 +348,9 @@ class AdaptiveController:
             pair = sorted(policy.strategies, key=policy.costs.__getitem__)[0], self.task.grid.reference
             least = policy.planner.units(pair, policy.rule.minimum)
             self.report(
-                f"{policy.rule.overhead:.1%} of the budget, {cap:,.0f} units, pays for no probe (at least {least:,.0f}): "
-                "all strategies stay mixed; raise overhead, or take fewer strategies or a smaller sub_batch"
+                f"{policy.rule.overhead:.1%} of the budget ({cap:,.0f} units) pays for no probe, which takes "
+                f"{least:,.0f} or more; "
+                "all strategies stay mixed: raise overhead, or take fewer strategies or a smaller sub_batch"
             )
 
     def _leave_out_refused(self) -> None:

@@ -37,6 +37,10 @@ class LoopTask(Task):
         self.grid = grid
         self._loss, self._batches, self._cost, self._sample_losses = loss, batches, cost, sample_losses
 
+    @property
+    def gives_sample_losses(self) -> bool:
+        return self._sample_losses is not None
+
     def load(self, checkpoint: Path) -> nn.Module:
         raise TaskError(f"{checkpoint}: a LoopTask loads no checkpoints; write a Task to profile them")
 

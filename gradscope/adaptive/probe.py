@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradscope.adaptive.loop_task import LoopTask
 from gradscope.checks import reason
 from gradscope.engines import derive_seed
-from gradscope.errors import Interrupted, RankError
+from gradscope.errors import Interrupted, RankError, TaskError
 from gradscope.estimators import ESTIMATES, Estimates
 from gradscope.influence import influence_of
 from gradscope.measuring import CheckpointMeasurement, Conditions
@@ -141,7 +142,13 @@ def refused(task: Task, model: nn.Module, samples: int, seed: int) -> tuple[dict
 
     found, units = dict[Strategy, str](), 0.0
     with untouched(model), torch.no_grad():
-        few = take(next(iter(task.batches(samples, seed))), slice(samples))
+        try:
+            batch = next(iter(task.batches(samples, seed)), None)
+        except Exception as error:
+            raise TaskError(f"batches(size={samples}, seed={seed}) fails: {reason(error)}") from error
+        if batch is None:
+            raise TaskError(f"batches(size={samples}, seed={seed}) yields nothing")
+        few = take(batch, slice(samples))
         for strategy in task.grid.strategies():
             try:
                 torch.manual_seed(seed)
@@ -150,6 +157,13 @@ def refused(task: Task, model: nn.Module, samples: int, seed: int) -> tuple[dict
             except Exception as error:
                 found[strategy] = reason(error)
     return found, units
+
+
+def gives_sample_losses(task: Task) -> bool:
+    """Whether a task has loss terms of its own for every sample, so that an engine is to be chosen."""
+    if isinstance(task, LoopTask):
+        return task.gives_sample_losses
+    return type(task).sample_losses is not Task.sample_losses
 
 
 class _Live:

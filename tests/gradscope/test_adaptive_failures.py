@@ -1,4 +1,4 @@
-"""What goes wrong in a probe ends no training: it is told, what ran goes on, and after three blank probes none is tried."""
+"""What goes wrong in a probe ends no training: it is told, what ran goes on, after three blank probes none is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradscope import Strategy
+from gradscope import Grid, Strategy
 from gradscope.errors import Interrupted, TaskError
 from tests.gradscope.adaptive_loops import (
     BATCH,
@@ -171,11 +171,11 @@ def test_a_strategy_that_failed_once_comes_back() -> None:
 
 
 def test_what_runs_stays_when_its_probes_fail() -> None:
-    loop = new_loop().until(2)
+    loop = new_loop({**PROBES, "confidence": 0.0}).until(1)
     now = loop.controller.policy.incumbent
     assert now is not None and now != WHOLE
     loop.spy.trouble = failing(now, RuntimeError("out of memory"))
-    loop.until(4)
+    loop.until(2)
     assert loop.controller.policy.incumbent == now and str(now) in loop.controller.probes[-1].failures
     assert_trained_to_the_end(loop.all())
 
@@ -210,13 +210,13 @@ def test_a_reference_that_cannot_be_measured_leaves_everything_as_it_is(error: E
 
 
 def test_the_last_strategy_stays_when_probes_go_blank_later() -> None:
-    loop = new_loop().until(2)
+    loop = new_loop({**PROBES, "confidence": 0.0}).until(1)
     decided = loop.controller.decisions
     assert loop.controller.policy.incumbent is not None
     loop.spy.trouble = on_reference(NAN)
     loop.all()
     assert loop.controller.decisions[:-1] == decided and loop.controller.decisions[-1].why == "finish"
-    assert [bool(r.error) for r in loop.controller.probes] == [False, False, True, True, True]
+    assert [bool(r.error) for r in loop.controller.probes] == [False, True, True, True]
     assert_trained_to_the_end(loop)
 
 
@@ -316,7 +316,7 @@ def test_whoever_wants_to_stop_a_run_can(error: BaseException) -> None:
 # --- files
 
 
-@pytest.mark.parametrize("kind", ["folder", "no folder", "no cube", "other grid", "other metrics", "read only"])
+@pytest.mark.parametrize("kind", ["folder", "no folder", "no cube", "other grid", "other metrics"])
 def test_a_cube_that_cannot_be_written_ends_no_training(kind: str, tmp_path: Path) -> None:
     path, told = tmp_path / "cube.nc", list[str]()
     if kind == "folder":
@@ -325,20 +325,15 @@ def test_a_cube_that_cannot_be_written_ends_no_training(kind: str, tmp_path: Pat
         path = tmp_path / "none" / "cube.nc"
     elif kind == "no cube":
         path.write_text("not a cube")
-    elif kind == "other grid":
-        from gradscope import Grid
-
-        small = Grid({"keep": (0.5, 1)}, reference=WHOLE)
-        new_loop({**PROBES, "start": 0.0}, grid=small, cube=path, budget=600).until(2)
-    elif kind == "other metrics":
-        new_loop({**PROBES, "start": 0.0}, cube=path, budget=600, optimizer="SGD").until(2)
     else:
-        path.write_bytes(b"")
-        path.chmod(0o400)
-    loop = new_loop(cube=path, budget=3000, report=told.append).all()
+        small = Grid({"keep": (0.5, 1)}, reference=WHOLE)
+        options: dict[str, Any] = {"grid": small} if kind == "other grid" else {"optimizer": "SGD"}
+        before = new_loop({**PROBES, "start": 0.0}, cube=path, budget=4000, **options).until(1)
+        before.controller.write_cube()
+        assert path.exists()
+    loop = new_loop({**PROBES, "start": 0.1}, cube=path, budget=3000, report=told.append).all()
     assert_trained_to_the_end(loop)
     assert len(loop.controller.probes) >= 2 and not any(r.error for r in loop.controller.probes)
-    loop.controller.write_cube()
     if kind in ("folder", "no cube"):
         assert any("could not be written" in line and "training goes on" in line for line in told)
 

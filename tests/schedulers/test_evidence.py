@@ -68,7 +68,7 @@ def scale_of(found: Measurement) -> float:
     return float(found.moments[at, MOMENTS.index("norm_sq_ref")] + found.moments[at, MOMENTS.index("variance")] / SIZE)
 
 
-@pytest.mark.parametrize("name", ["bias_sq", "variance", "norm_sq", "inner"])
+@pytest.mark.parametrize("name", ["bias_sq", "variance", "norm_sq"])
 def test_pooled_moments_are_a_ratio_of_decayed_sums(name: str) -> None:
     pooled = filled(reading(name)).pooled(0.6)
     for c, (s, rows) in enumerate(weights(0.6).items()):
@@ -89,7 +89,7 @@ def test_effective_counts_are_those_of_weighted_sub_batches() -> None:
     np.testing.assert_allclose(plain.pooled(0.9).effective_C, 6)  # all weights alike: all of them count
 
 
-@pytest.mark.parametrize("name", ["norm_sq", "inner", "bias_sq"])
+@pytest.mark.parametrize("name", ["norm_sq", "bias_sq"])
 def test_draws_scatter_as_the_influences_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Covariance within and between strategies, from an explicit sum over probes and sub-batches."""
     monkeypatch.setattr(schedulers.evidence, "DRAWS", 40_000)
@@ -112,6 +112,33 @@ def test_draws_scatter_as_the_influences_say(name: str, monkeypatch: pytest.Monk
     np.testing.assert_allclose(drawn_BC.mean(0), filled(reading(name)).pooled(0.6).worth_C, atol=0.05)
 
 
+def test_inner_products_are_shrunk_towards_the_reference_as_far_as_pairing_leaves_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """<E g, G> = |G|^2 + <E g - G, G>; the second times tau^2 / (tau^2 + se^2), by an explicit sum."""
+    monkeypatch.setattr(schedulers.evidence, "DRAWS", 40_000)
+    at_inner, at_ref = MOMENTS.index("inner"), MOMENTS.index("norm_sq_ref")
+    rows = weights(0.6)
+    totals = {s: sum(decay * n for decay, n, _, _ in kept) for s, kept in rows.items()}
+
+    def mean_of(s: Strategy, at: int) -> float:
+        return sum(d * n * f.moments[row, at] / scale_of(f) for d, n, f, row in rows[s]) / totals[s]
+
+    common = mean_of(WHOLE, at_ref)
+    pooled = filled(reading("inner")).pooled(0.6)
+    for c, s in enumerate(KEEP.strategies()):
+        square = 0.0
+        for decay, n, found, row in rows[s]:
+            for m in range(found.influence.shape[-1]):
+                move = found.influence[row, at_inner, m] - found.influence[row, at_ref, m]
+                square += (decay * n / totals[s] * move / scale_of(found)) ** 2
+        known = (common / 2) ** 2 / ((common / 2) ** 2 + square)
+        expected = common + known * (mean_of(s, at_inner) - mean_of(s, at_ref))
+        assert 0.5 < known <= 1 and pooled.worth_C[c] == pytest.approx(expected, rel=2e-3), s
+        assert pooled.draws_BC[:, c].std() == pytest.approx(known * math.sqrt(square), rel=0.03, abs=1e-12), s
+    assert pooled.worth_C[2] == pytest.approx(common)
+
+
 def test_what_common_images_err_by_cancels_in_differences() -> None:
     """The estimates of two strategies move together; the difference is known far better than either."""
     rng = np.random.default_rng(3)
@@ -127,8 +154,8 @@ def test_what_common_images_err_by_cancels_in_differences() -> None:
 def test_equal_influences_cancel_exactly_and_opposite_ones_add_up() -> None:
     psi = np.random.default_rng(0).normal(size=(5, 6))
     moments = np.tile([0.5, 8.0, 1.0, 1.0, 1.0], (3, 1))
-    moments[0, MOMENTS.index("inner")] = 0.4
-    evidence = evidence_of(reading("inner"))
+    moments[0, MOMENTS.index("norm_sq")] = 0.4
+    evidence = evidence_of(reading("norm_sq"))
     evidence.add(0.2, Measurement((QUARTER, HALF, WHOLE), moments, np.stack([psi, -psi, psi])))
     drawn_BC = evidence.pooled(0.2).draws_BC
     np.testing.assert_allclose(drawn_BC[:, 2] - drawn_BC[:, 0], 0.6 / 2, rtol=1e-12)  # 0.6 over |G|^2 + variance / K

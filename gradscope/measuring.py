@@ -68,7 +68,9 @@ Looks = Generator[Look, None, None]
 class CheckpointMeasurement:
     """Measures strategies at one checkpoint.
 
-    `units` counts what this rank has spent, `units_elsewhere` what the others had at the last look.
+    `units` counts what this rank has spent, `units_elsewhere` what the others had at the last look. With `tolerant`
+    nothing that a rank does by itself is raised there: it is told at the next look as the reason why all failed, on
+    all ranks alike, so that none is left waiting for another.
     """
 
     task: Task
@@ -82,6 +84,7 @@ class CheckpointMeasurement:
     engine: Engine | None = None
     engine_reason: str = ""
     groups: tuple[str, ...] = ()
+    tolerant: bool = False
     _failures: dict[Strategy, str] = field(default_factory=dict)
     _size: int = 0
 
@@ -98,13 +101,15 @@ class CheckpointMeasurement:
         task, ranks, size = self.task, self.ranks, self.conditions.batch_size
         parameters = FlatParameters.of(task, self.model)
         self.groups = parameters.layout.names
-        broken = ""
+        broken, streams = "", dict[Strategy, GradientStream]()
         try:
             engine = self._open_engine(parameters)
+            if self.tolerant:
+                streams = self._streams(engine, parameters, active)
         except Exception as error:
-            broken, engine = failure(error), None
+            broken, engine = self._failure(error), None
         self._check_same_engine(engine)
-        if engine is not None:
+        if engine is not None and not streams:
             streams = self._streams(engine, parameters, active)
         batches = task.sub_batches(size, self.conditions.seed, ranks.rank, ranks.size)
         done, term_samples = 0, size if isinstance(engine, SubBatchEngine) else 1
@@ -114,12 +119,17 @@ class CheckpointMeasurement:
                 step(m)
                 if not done <= m < look or broken or engine is None:
                     continue
-                batch = next(batches, None)
-                if batch is None:
-                    raise TaskError(
-                        f"batches(size={size}) ended before {look} sub-batches; lower --samples or make it endless"
-                    )
-                broken = self._sub_batch(m, batch, engine, streams, active)
+                try:
+                    batch = next(batches, None)
+                    if batch is None:
+                        raise TaskError(
+                            f"batches(size={size}) ended before {look} sub-batches; lower --samples or make it endless"
+                        )
+                    broken = self._sub_batch(m, batch, engine, streams, active)
+                except Exception as error:
+                    if not self.tolerant:
+                        raise
+                    broken = reason(error)
             done = look
             gathered = ranks.gather((broken, dict(self._failures), self.units))
             broken = next((text for text, _, _ in gathered if text), "")
@@ -135,6 +145,9 @@ class CheckpointMeasurement:
             if not active:
                 return
 
+    def _failure(self, error: Exception) -> str:
+        return reason(error) if self.tolerant else failure(error)
+
     def _sub_batch(
         self,
         m: int,
@@ -149,7 +162,7 @@ class CheckpointMeasurement:
         try:
             z = engine.reference(batch, seed=self._seed(m, reference))
         except Exception as error:
-            return failure(error)
+            return self._failure(error)
         self._spend(reference, shared)
         streams[reference].add(m, z.block, z.block)
         for strategy in active:
@@ -158,7 +171,7 @@ class CheckpointMeasurement:
             try:
                 block = engine.block(batch, strategy, seed=self._seed(m, strategy), reference=z)
             except Exception as error:
-                self._failures[strategy] = failure(error)
+                self._failures[strategy] = self._failure(error)
                 continue
             self._spend(strategy, shared)
             streams[strategy].add(m, block, z.block)
@@ -202,9 +215,13 @@ class CheckpointMeasurement:
         for strategy in active:
             stream = z if strategy == reference else self._joined(streams[strategy])
             if self.ranks.first:
-                found[strategy] = estimate(
-                    stream, z, term_samples=term_samples, independent=self.task.independent_terms
-                )
+                try:
+                    found[strategy] = estimate(
+                        stream, z, term_samples=term_samples, independent=self.task.independent_terms
+                    )
+                except Exception:
+                    if not self.tolerant:
+                        raise
         return found
 
     def _joined(self, stream: GradientStream) -> GradientStream:

@@ -163,10 +163,10 @@ class OnlinePlan:
         self.task.fraction = fraction
         seconds = self.controller.probe_seconds
         before = self.controller.spent + self.controller.cost(step)
-        with torch.compiler.set_stance("force_eager"):  # a probe's shapes are not worth graphs of their own
-            self.controller.observe(step)
+        self.controller.observe(step)
         if len(self.controller.probes) == self._told:
             return 0.0, None
+        self.task.forget()  # the memory of a batch is the training's
         self._told = len(self.controller.probes)
         record = self.controller.probes[-1]
         now = self.controller.policy.incumbent

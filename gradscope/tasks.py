@@ -173,6 +173,10 @@ class TrainingTask(PretrainTask):
     def training(self, folder: Path) -> Mapping[str, Any]:
         return {}
 
+    def forget(self) -> None:
+        """Let go of the last batch and its targets."""
+        self._targets = _PerBatch()
+
 
 class _PerBatch:
     """What is computed once for a batch and then used again, as long as the same batch comes back."""

@@ -2,9 +2,9 @@
 
 It is pure: everything that it answers follows from its settings and from what it was told, in which order. A run
 begins with all candidates mixed, as a mixed pilot does (design §4), so that measurements are fair; when all have been
-measured it chooses one strategy, as soon as its advantage over the mixture is beyond doubt, and goes to another when
-that one's advantage is. A share of the steps explores all candidates throughout. The last part of the budget runs
-on the reference.
+measured it chooses one strategy, as soon as its advantage over the mixture exceeds its uncertainty, and goes to
+another when that one's advantage does. A share of the steps explores all candidates throughout. The last part of the
+budget runs on the reference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from schedulers.criteria import get_criterion
 from schedulers.errors import GradscopeError, UsageError
 from schedulers.evidence import Evidence, Measurement, Pooled
 from schedulers.mixing import draw_from, mixture_by_budget
-from schedulers.probe_planning import ProbePlanner
+from schedulers.probe_planning import LEAST_PROBES, ProbePlanner
 from schedulers.schedule import Schedule, Stage
 from schedulers.strategy import Grid, Strategy
 
@@ -73,6 +73,7 @@ class AdaptivePolicy:
             [],
         )
         self.probe_units = 0.0
+        self._in_vain = 0.0  # what failed probes would have cost: the next one is as far away as if they had
         self._left_out: set[Strategy] = set()
         self._decisions = [Decision(0, 0.0, None, self.strategies, 1.0, "start")]
         self._mixtures: list[tuple[tuple[Strategy, float], ...]] = []  # one for each decision, made when asked for
@@ -144,7 +145,7 @@ class AdaptivePolicy:
             return None
         cap = rule.overhead * self.budget
         due = cap * (fraction - rule.start) / (open_until - rule.start)
-        if self.probes and self.probe_units > due:
+        if self.probes and self.probe_units + self._in_vain > due:
             return None
         plan = self.planner.plan(self.candidates, self.incumbent, cap, set_up)
         if plan is None or self.probe_units + plan.units > cap or spent + plan.units > self.budget:
@@ -168,6 +169,8 @@ class AdaptivePolicy:
         fraction = spent / self.budget
         self.probe_units += units
         measured = () if found is None else found.strategies
+        if self.grid.reference not in measured:
+            self._in_vain += max(self.planner.last_units - units, 0.0)
         self.planner.note(measured, tuple(failed or ()))
         if found is None or self.grid.reference not in measured:
             return Verdict(None, None, None, False, {})
@@ -178,7 +181,8 @@ class AdaptivePolicy:
         forgot = self._contradicted(fraction, found)
         pooled = self.evidence.pooled(fraction)
         best = self._best(pooled, [s for s in found.strategies if s in self.candidates and self._allowed(s)])
-        unknown = self.incumbent is None and any(not self.planner.measured(s) for s in self.candidates)
+        unmeasured = any(not self.planner.measured(s) for s in self.candidates)
+        unknown = self.incumbent is None and unmeasured and self.probes < LEAST_PROBES
         if best is None or best == self.incumbent or unknown:
             return self._verdict(pooled, best, None, None, False, forgot)
         gain, error, least = self._advantage(pooled, best)
@@ -242,8 +246,8 @@ class AdaptivePolicy:
         """Whether the newest probe alone says that the best strategy by all probes is not; if so, forget the others."""
         if len(self.evidence.probes) < 2:
             return False
-        before, alone = self.evidence.pooled(fraction), self.evidence.pooled(fraction, last=1)
-        favourite = self._best(before, [s for s in found.strategies if s in self.candidates])
+        together, alone = self.evidence.pooled(fraction), self.evidence.pooled(fraction, last=1)
+        favourite = self._best(together, [s for s in found.strategies if s in self.candidates])
         now = self._best(alone, [s for s in found.strategies if s in self.candidates])
         if favourite is None or now is None or favourite == now:
             return False
@@ -286,8 +290,13 @@ class AdaptivePolicy:
         forgot: bool,
     ) -> Verdict:
         sign = -1.0 if self.evidence.criterion.lower_is_better else 1.0
-        scores = {s: sign * float(w) for s, w in zip(self.strategies, pooled.worth_C, strict=True) if np.isfinite(w)}
-        return Verdict(best, gain, error, switched, scores, forgot)
+        known = [c for c, worth in enumerate(pooled.worth_C) if np.isfinite(worth)]
+        errors_C = pooled.draws_BC.std(axis=0)
+        return Verdict(
+            best, gain, error, switched, {self.strategies[c]: sign * float(pooled.worth_C[c]) for c in known}, forgot,
+            {self.strategies[c]: float(errors_C[c]) for c in known},
+            {self.strategies[c]: float(pooled.effective_C[c]) for c in known},
+        )  # fmt: skip
 
     def _decide(self, step: int, spent: float, strategy: Strategy, why: str) -> None:
         exploration = 0.0 if why == "finish" else self.rule.exploration
@@ -324,6 +333,7 @@ class AdaptivePolicy:
             "settings": json.dumps(self.settings, sort_keys=True),
             "evidence": self.evidence.state(),
             "probe_units": self.probe_units,
+            "in_vain": self._in_vain,
             "planner": self.planner.state(),
             "left_out": [str(s) for s in self.strategies if s in self._left_out],
             "decisions": [
@@ -357,7 +367,7 @@ class AdaptivePolicy:
             if not decisions or decisions[0].step != 0:
                 raise KeyError("decisions")
             left_out = {self._named(text) for text in state["left_out"]}
-            probe_units = float(state["probe_units"])
+            probe_units, in_vain = float(state["probe_units"]), float(state["in_vain"])
             probes = self.evidence.read(state["evidence"])
             self.planner.load(state["planner"])
         except OtherRunError:
@@ -366,7 +376,7 @@ class AdaptivePolicy:
             raise GradscopeError(
                 f"the state of the online policy is damaged ({type(error).__name__}: {error})"
             ) from error
-        self.evidence.probes = probes
+        self.evidence.probes, self._in_vain = probes, in_vain
         self.probe_units, self._decisions, self._left_out = probe_units, decisions, left_out
         self._mixtures = []
 

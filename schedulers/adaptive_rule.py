@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from schedulers.criteria import get_criterion
@@ -134,7 +134,8 @@ class Verdict:
 
     `advantage`: its worth (the score, its sign such that larger is better) less that of what ran before (of the mixture
     of all candidates where nothing was chosen yet), and `standard_error` of it; None where nothing can be said.
-    `scores`: score of every strategy, as pooled over probes. `forgot`: whether older probes were contradicted.
+    `scores`: score of every strategy, as pooled over probes; `errors`: one standard error of each; `effective`: the
+    effective number of sub-batches behind it. `forgot`: whether older probes were contradicted.
     """
 
     best: Strategy | None
@@ -143,3 +144,5 @@ class Verdict:
     switched: bool
     scores: dict[Strategy, float]
     forgot: bool = False
+    errors: dict[Strategy, float] = field(default_factory=dict)
+    effective: dict[Strategy, float] = field(default_factory=dict)

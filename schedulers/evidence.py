@@ -13,8 +13,8 @@ strategies of a sub-batch, so what common images err by together cancels in diff
 
 <E g, G> and |G|^2 err together, and where both are close to zero their ratio says nothing. Therefore
 <E g, G> = |G|^2 + <E g - G, G>, of which the second is measured far better than either, with |G|^2 at least its
-standard error, and the second shrunk towards 0 by tau^2 / (tau^2 + se^2), tau = |G|^2 / 2: the posterior mean under a
-normal prior of that spread.
+standard error, and the second shrunk towards 0 by tau^2 / (tau^2 + se^2), tau = |G|^2 / 2: the posterior under a normal
+prior of that spread, whose error is sqrt of that factor times se.
 
 Shapes: C strategies of the grid, P probes, M sub-batches of a probe, B draws, E = 5 moments in the order of MOMENTS.
 """
@@ -159,7 +159,7 @@ class Evidence:
         known_C = (SHRINKAGE * common) ** 2 / ((SHRINKAGE * common) ** 2 + apart_BC.var(axis=0))
         moments_CE, draws_BCE = moments_CE.copy(), moments_CE + errors_BCE
         moments_CE[:, INNER] = common + known_C * apart_C
-        draws_BCE[..., INNER] = common + known_C * (apart_C + apart_BC)
+        draws_BCE[..., INNER] = common + known_C * apart_C + np.sqrt(known_C) * apart_BC
         moments_CE[:, REFERENCE] = draws_BCE[..., REFERENCE] = common if common > 0 else np.nan
         draws_BCE[..., VARIANCE] = np.maximum(draws_BCE[..., VARIANCE], 0.01 * moments_CE[:, VARIANCE])
         return self._score(moments_CE), self._score(draws_BCE)

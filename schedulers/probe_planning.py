@@ -75,6 +75,12 @@ class ProbePlanner:
         ordered = tuple(s for s in self.strategies if s in chosen)
         return ProbePlan(ordered, sub_batches, self.units(ordered, sub_batches) + set_up)
 
+    @property
+    def last_units(self) -> float:
+        """What the plan that was asked for last may cost; 0 where there was none."""
+        plan = None if self._planned is None else self._planned[1]
+        return 0.0 if plan is None else plan.units
+
     def units(self, strategies: Sequence[Strategy], sub_batches: int) -> float:
         """What measuring `strategies` costs, keys and the like that they share counted once."""
         paid: set[str] = set()

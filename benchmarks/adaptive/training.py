@@ -74,7 +74,8 @@ OFFLINE = {
     "descent": Offline("mixed"),
 }
 SCHEDULES = {"none": "none", "mixed": "mixed", **CONSTANTS}
-ARMS = ("none", "mixed", *CONSTANTS, *OFFLINE, "online")
+ONLINE = {"online": "online", "online-finish0": "online:finish=0"}
+ARMS = ("none", "mixed", *CONSTANTS, *OFFLINE, *ONLINE)
 """In the order in which they run: a pilot before what needs it."""
 
 TITLES = {
@@ -83,6 +84,7 @@ TITLES = {
     "paper": "the paper's offline schedule (ca-mse, profile of the run without acceleration)",
     "descent": "offline schedule by descent (profile of the mixed run)",
     "online": "online, probes charged",
+    "online-finish0": "online without a last part on the reference, probes charged",
 }
 
 
@@ -94,7 +96,7 @@ class Setup:
     device: str
     folder: Path
     samples: int  # most per cell of a profile
-    online: str = "online"
+    online: str = ""  # another rule than the arm's
     train: tuple[str, ...] = ()  # more options of `gradscope train`
     quiet: bool = False
 
@@ -128,7 +130,7 @@ def run_arm(setup: Setup, arm: str, seed: int) -> dict[str, Any]:
     offline = OFFLINE.get(arm)
     extra: dict[str, Any] = {}
     if offline is None:
-        schedule = setup.online if arm == "online" else SCHEDULES[arm]
+        schedule = setup.online or ONLINE[arm] if arm in ONLINE else SCHEDULES[arm]
     else:
         schedule, extra = make_schedule(setup, arm, offline, seed)
     out = setup.path(arm, seed)
@@ -138,7 +140,7 @@ def run_arm(setup: Setup, arm: str, seed: int) -> dict[str, Any]:
         "--seed", str(seed), "--out", str(out), *setup.train, *setup.watched,
     )  # fmt: skip
     log = read_log(out)
-    if arm == "online":
+    if arm in ONLINE:
         extra = {**probe_facts(out, log), "stages": stages_of(out / "schedule.json")}
     kept = ("step", "units", "samples", "seconds", "accuracy")
     return {
@@ -241,7 +243,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     complete = [found for found in results if set(present) <= set(found["arms"])]
     means = {arm: statistics.fmean(_values(complete or results, arm, _final)) for arm in present}
     best_constant = max((arm for arm in CONSTANTS if arm in means), key=means.__getitem__, default=None)
-    others = [arm for arm in present if arm != "online"]
+    others = [arm for arm in present if arm not in ONLINE]
     after = f"after {results[0]['budget']:,.0f} units"
     row = _row_maker(results)
     made = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from torch import nn
 from gradscope.adaptive.probe import (
     Conduct,
     Probe,
+    alone_group,
     gives_sample_losses,
     live_second_moment,
     refused,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 class ProbeRecord:
     """One probe as it is told: `units` and `seconds` that it took, what it led to, and what failed in it.
 
-    `scores` are those of the criterion, pooled over probes; `advantage` and `standard_error` of `best` over what ran
+    `scores` are those of the criterion, pooled over probes, `errors` one standard error of each; `advantage` and `standard_error` of `best` over what ran
     before, None where nothing was to decide. `sub_batches` is the most that any strategy was measured on.
     """
 
@@ -58,6 +60,7 @@ class ProbeRecord:
     switched: bool
     forgot: bool
     scores: dict[str, float]
+    errors: dict[str, float]
     failures: dict[str, str]
     error: str
 
@@ -78,10 +81,10 @@ class AdaptiveController:
     given it is estimated, which costs passes. `budget` in units, also as 100M; `batch_size` samples of an optimizer
     step, over all ranks and accumulated passes. `ranks`: default those of torch.distributed, where it is
     initialised. `cube`: a file that gets the measurements, as `gradscope profile` writes them. `report`: is told of
-    every probe and decision, in one line. `precision`: "bf16" measures under autocast. `estimator`: the engine, as of
-    `gradscope profile`; by default the first probe chooses one. `charge`: whether the budget
-    pays for probes (off only to compare runs that are to be equal). `check`: whether it is tried at once, on a few
-    samples, which strategies the model refuses.
+    every probe and decision, in one line, on the first rank; by default the logger "gradscope" is, at level INFO.
+    `precision`: "bf16" measures under autocast. `estimator`: the engine, as of `gradscope profile`; by default the
+    first probe chooses one. `charge`: whether the budget pays for probes (off only to compare runs that are to be
+    equal). `check`: whether it is tried at once, on a few samples, which strategies the model refuses.
 
     Steps are absolute, counted by the loop. Everything follows from seed, step and what was measured: a run that is
     continued from `state_dict` decides as it would have. Raises UsageError for values out of range, InfeasibleError for
@@ -109,7 +112,7 @@ class AdaptiveController:
         rule = rule or AdaptiveRule()
         self.task, self.model, self.optimizer, self.charge = task, model, optimizer, charge
         self.ranks = current_ranks() if ranks is None else ranks
-        self.report: Report = report or (lambda text: None)
+        self.report: Report = (report or logging.getLogger("gradscope").info) if self.ranks.first else _nobody
         strategies = task.grid.strategies()
         costs = {s: task.cost(s) for s in strategies}
         self.policy = AdaptivePolicy(
@@ -145,6 +148,7 @@ class AdaptiveController:
             costs,
             batch_size,
             precision,
+            alone_group(model, self.ranks),
         )
         if euclidean and rule.metric == "optimizer":
             self.report(f"{type(optimizer).__name__} keeps no second moment: gradients are compared as they are")
@@ -231,15 +235,17 @@ class AdaptiveController:
 
     def _probe(self, step: int) -> None:
         """Make the probe that is due, and decide."""
+        self.ranks.agree("the step of a probe", (step,))
         moment, choice = None, 0.0
         if self._engine == "auto" and gives_sample_losses(self.task):  # trying per-sample gradients is to be paid, too
-            choice = CHOICE * math.fsum(self.policy.costs.values())
+            choice = CHOICE * math.fsum(self.policy.costs.values()) * self.ranks.size
         set_up = choice
         if "optimizer" in self._conduct.metrics:
             moment = live_second_moment(self.model, self.optimizer)
             if moment is None:
                 sub_batch = self._conduct.sub_batch
-                set_up += SECOND_MOMENT_REPLICATES * sub_batch * self.policy.costs[self.task.grid.reference]
+                each = SECOND_MOMENT_REPLICATES * sub_batch * self.policy.costs[self.task.grid.reference]
+                set_up += each * self.ranks.size  # every rank estimates it
         plan = self.policy.plan(self.spent, set_up=set_up)
         if plan is None:
             return
@@ -300,29 +306,46 @@ class AdaptiveController:
 
     def _take(self, step: int, probe: Probe) -> None:
         """Let the first rank decide, tell the others, write it down."""
-        if self.charge:
-            self._spent += probe.units
         if probe.engine:
             self._engine = probe.engine
-        verdict = Verdict(None, None, None, False, {})
+        if self.charge:
+            self._spent += probe.units
+        record = None
         if self.ranks.first:
             found = probe.measurement(self._conduct.metrics.index(self._conduct.metric))
             verdict = self.policy.tell(step, self.spent, probe.units, found, probe.failures)
+            record = self._record_of(step, probe, verdict)
         if self.ranks.size > 1:
-            state, verdict = self.ranks.gather((self.policy.state_dict(), verdict))[0]
+            # what later decisions rest on is the first rank's, to the last bit
+            state, self._spent, self._engine, record = self.ranks.gather(
+                (self.policy.state_dict(), self._spent, self._engine, record)
+            )[0]
             self.policy.load_state_dict(state)
-        blocks = max((e.blocks for e in probe.found.values()), default=0)
-        record = ProbeRecord(
-            step, self.fraction, probe.units, round(probe.seconds, 3), len(probe.found), blocks,
-            "" if verdict.best is None else str(verdict.best), verdict.advantage, verdict.standard_error,
-            verdict.switched, verdict.forgot, {str(s): score for s, score in verdict.scores.items()},
-            {str(s): why for s, why in probe.failures.items()}, probe.error,
-        )  # fmt: skip
+        assert record is not None
         self.probes.append(record)
         self.report(_told(record, self.policy))
         if self.cube is not None and self.ranks.first and probe.found:
             rows = self._rows_of(self.cube)
             self._write(lambda: rows.add(self, step, probe))
+
+    def _record_of(self, step: int, probe: Probe, verdict: Verdict) -> ProbeRecord:
+        return ProbeRecord(
+            step,
+            self.fraction,
+            probe.units,
+            round(probe.seconds, 3),
+            len(probe.found),
+            max((found.blocks for found in probe.found.values()), default=0),
+            "" if verdict.best is None else str(verdict.best),
+            verdict.advantage,
+            verdict.standard_error,
+            verdict.switched,
+            verdict.forgot,
+            {str(s): score for s, score in verdict.scores.items()},
+            {str(s): error for s, error in verdict.errors.items()},
+            {str(s): why for s, why in probe.failures.items()},
+            probe.error,
+        )
 
     def _write(self, action: Callable[[], None]) -> None:
         try:
@@ -357,11 +380,21 @@ class AdaptiveController:
         """Find out, on a few samples, what the model refuses, so that no training step ever tries it."""
         cap = self.policy.rule.overhead * self.budget
         expected = SAMPLES * math.fsum(self.policy.costs.values())
-        if expected > cap:
+        if expected * self.ranks.size > cap:
+            if cap:
+                self.report("what the model refuses was not tried out: the cap on probes does not pay for it")
             return
-        found, units = refused(self.task, self.model, SAMPLES, 0)
+        problem, found, units = "", dict[Strategy, str](), 0.0
+        try:
+            found, units = refused(self._conduct, SAMPLES, 0)
+        except TaskError as error:
+            problem = str(error)
+        parts = self.ranks.gather((problem, found, units))
+        if problem := next((part[0] for part in parts if part[0]), ""):
+            raise TaskError(problem)
         reference = self.task.grid.reference
-        everywhere = {s: why for part in self.ranks.gather(found) for s, why in part.items()}
+        everywhere = {s: why for part in parts for s, why in part[1].items()}
+        units = sum(part[2] for part in parts)
         if reference in everywhere:
             raise TaskError(f"the model refuses the reference {reference}: {everywhere[reference]}")
         for strategy, why in everywhere.items():
@@ -370,6 +403,10 @@ class AdaptiveController:
         self.policy.probe_units += units
         if self.charge:
             self._spent += units
+
+
+def _nobody(text: str) -> None:
+    """Tell nobody."""
 
 
 def _told(record: ProbeRecord, policy: AdaptivePolicy) -> str:

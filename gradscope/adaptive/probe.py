@@ -7,26 +7,28 @@ as they were.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from gradscope.adaptive.loop_task import LoopTask
 from gradscope.checks import reason
 from gradscope.engines import derive_seed
+from gradscope.engines._samples import take
 from gradscope.errors import Interrupted, RankError, TaskError
 from gradscope.estimators import ESTIMATES, Estimates
 from gradscope.influence import influence_of
-from gradscope.measuring import CheckpointMeasurement, Conditions
+from gradscope.measuring import CheckpointMeasurement, Conditions, Look
 from gradscope.races import Race
 from gradscope.ranks import Ranks
 from gradscope.task import Checkpoint, Task
+from gradscope.untouched import untouched
 from schedulers import MOMENTS, Measurement, ProbePlan, RaceRule, Strategy, get_criterion
 
 ORDER = [ESTIMATES.index(name) for name in MOMENTS]
@@ -71,6 +73,7 @@ class Conduct:
     costs: Mapping[Strategy, float]
     batch_size: int
     precision: str
+    alone: Any = None  # a process group of this rank
     clock: Callable[[], float] = time.monotonic
 
 
@@ -99,7 +102,7 @@ def run_probe(
     )
     live = cast(Task, _Live(task, second_moment))
     here = Checkpoint(Path(f"step-{step}"), step, fraction)
-    measurement = CheckpointMeasurement(live, here, conduct.model, conditions, conduct.ranks)
+    measurement = CheckpointMeasurement(live, here, conduct.model, conditions, conduct.ranks, tolerant=True)
     reference = task.grid.reference
     race = Race(
         rule,
@@ -112,13 +115,12 @@ def run_probe(
     )
     probe = Probe()
     try:
-        with closing(measurement.run(plan.strategies, rule.looks(), lambda m: None)) as looks:
+        with _unsynchronised(conduct), closing(measurement.run(plan.strategies, rule.looks(), lambda m: None)) as looks:
             for look in looks:
                 probe.failures.update(look.failures)
                 probe.found.update(look.found)
                 if conduct.ranks.first and look.found:
-                    staying = race.open(look.found)
-                    look.active = [s for s in look.active if s in staying or s == reference] if len(staying) > 1 else []
+                    look.active = _staying(race, look, reference)
     except (Interrupted, RankError):
         raise
     except Exception as error:
@@ -132,16 +134,50 @@ def run_probe(
     return probe
 
 
-def refused(task: Task, model: nn.Module, samples: int, seed: int) -> tuple[dict[Strategy, str], float]:
+def _staying(race: Race, look: Look, reference: Strategy) -> list[Strategy]:
+    """Who is measured further after a look, the reference among them; nobody where the race is decided."""
+    try:
+        staying = race.open(look.found)
+    except (ArithmeticError, ValueError):  # scores that cannot be compared: all go on
+        return look.active
+    return [s for s in look.active if s in staying or s == reference] if len(staying) > 1 else []
+
+
+def alone_group(model: nn.Module, ranks: Ranks) -> Any:
+    """A process group of this rank alone, for models with SyncBatchNorm; None where none is needed.
+
+    All ranks must call it.
+    """
+    if ranks.size == 1 or not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        return None
+    groups = [distributed.new_group([rank]) for rank in range(ranks.size)]
+    return groups[ranks.rank]
+
+
+@contextmanager
+def _unsynchronised(conduct: Conduct) -> Iterator[None]:
+    """Nothing compiled anew, and statistics of SyncBatchNorm from a rank's own sub-batch, for a while."""
+    synced = [m for m in conduct.model.modules() if isinstance(m, nn.SyncBatchNorm)] if conduct.alone else []
+    before = [module.process_group for module in synced]
+    for module in synced:
+        module.process_group = conduct.alone
+    try:
+        with torch.compiler.set_stance("force_eager"):  # a probe's shapes are not worth graphs of their own
+            yield
+    finally:
+        for module, group in zip(synced, before, strict=True):
+            module.process_group = group
+
+
+def refused(conduct: Conduct, samples: int, seed: int) -> tuple[dict[Strategy, str], float]:
     """The strategies whose loss raises an error on a few samples, and why; and the units that finding out cost.
 
-    A loss that is not finite is no refusal. Passes without gradient; the model is left untouched.
+    A loss that is not finite is no refusal. Passes without gradient; the model is left untouched. Raises TaskError
+    where there is no batch.
     """
-    from gradscope.engines._samples import take
-    from gradscope.untouched import untouched
-
+    task, model = conduct.task, conduct.model
     found, units = dict[Strategy, str](), 0.0
-    with untouched(model), torch.no_grad():
+    with untouched(model), torch.no_grad(), _unsynchronised(conduct):
         try:
             batch = next(iter(task.batches(samples, seed)), None)
         except Exception as error:
@@ -191,7 +227,10 @@ def live_second_moment(model: nn.Module, optimizer: torch.optim.Optimizer | None
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             if "exp_avg_sq" in state and "betas" in group:
-                correction = 1 - group["betas"][1] ** float(state["step"])
+                step = state.get("step", group.get("step"))  # some kinds count in the group
+                if step is None:
+                    return None
+                correction = 1 - group["betas"][1] ** float(step)
                 found[id(parameter)] = state["exp_avg_sq"] / correction
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if any(id(p) not in found for p in named.values()):

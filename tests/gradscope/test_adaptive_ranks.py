@@ -115,9 +115,9 @@ def own_loop(ranks: Ranks, kind: str, options: dict[str, Any]) -> dict[str, Any]
 
     def own_batches(size: int, seed: int) -> Iterator[Any]:
         for number, (x, y) in enumerate(batches(size, seed)):
-            if second_probe() and (kind == "batches raise" or (kind == "batches raise later" and number == 3)):
+            if second_probe() and (kind == "batches raise" or (kind == "batches raise later" and number == 1)):
                 raise OSError("the disk is gone")
-            if second_probe() and kind == "batches end" and number == 3:
+            if second_probe() and kind == "batches end" and number == 1:
                 return
             yield (x + 0.5, y) if kind == "unequal" and odd else (x, y)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradscope.checks import reason
 from gradscope.engines import Engine, FlatParameters, SubBatchEngine, choose_engine, derive_seed
-from gradscope.errors import GradscopeError, NonFiniteError, TaskError
+from gradscope.errors import GradscopeError, Interrupted, NonFiniteError, RankError, TaskError
 from gradscope.estimators import (
     EUCLIDEAN,
     Estimates,
@@ -127,7 +127,7 @@ class CheckpointMeasurement:
                         )
                     broken = self._sub_batch(m, batch, engine, streams, active)
                 except Exception as error:
-                    if not self.tolerant:
+                    if not self._tolerates(error):
                         raise
                     broken = reason(error)
             done = look
@@ -145,7 +145,12 @@ class CheckpointMeasurement:
             if not active:
                 return
 
+    def _tolerates(self, error: Exception) -> bool:
+        return self.tolerant and not isinstance(error, Interrupted | RankError)
+
     def _failure(self, error: Exception) -> str:
+        if isinstance(error, Interrupted | RankError):
+            raise error
         return reason(error) if self.tolerant else failure(error)
 
     def _sub_batch(
@@ -219,8 +224,8 @@ class CheckpointMeasurement:
                     found[strategy] = estimate(
                         stream, z, term_samples=term_samples, independent=self.task.independent_terms
                     )
-                except Exception:
-                    if not self.tolerant:
+                except Exception as error:
+                    if not self._tolerates(error):
                         raise
         return found
 

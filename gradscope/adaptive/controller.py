@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 class ProbeRecord:
     """One probe as it is told: `units` and `seconds` that it took, what it led to, and what failed in it.
 
-    `scores` are those of the criterion, pooled over probes, `errors` one standard error of each; `advantage` and `standard_error` of `best` over what ran
-    before, None where nothing was to decide. `sub_batches` is the most that any strategy was measured on.
+    `scores` are those of the criterion, pooled over probes, `errors` one standard error of each; `advantage` and
+    `standard_error` of `best` over what ran before, None where nothing was to decide. `sub_batches` is the most that
+    any strategy was measured on.
     """
 
     step: int
@@ -380,7 +381,7 @@ class AdaptiveController:
         """Find out, on a few samples, what the model refuses, so that no training step ever tries it."""
         cap = self.policy.rule.overhead * self.budget
         expected = SAMPLES * math.fsum(self.policy.costs.values())
-        if expected * self.ranks.size > cap:
+        if expected > cap:
             if cap:
                 self.report("what the model refuses was not tried out: the cap on probes does not pay for it")
             return
@@ -392,9 +393,9 @@ class AdaptiveController:
         parts = self.ranks.gather((problem, found, units))
         if problem := next((part[0] for part in parts if part[0]), ""):
             raise TaskError(problem)
-        reference = self.task.grid.reference
         everywhere = {s: why for part in parts for s, why in part[1].items()}
-        units = sum(part[2] for part in parts)
+        units = max(part[2] for part in parts)  # paid for once, so that a run is the same on any number of ranks
+        reference = self.task.grid.reference
         if reference in everywhere:
             raise TaskError(f"the model refuses the reference {reference}: {everywhere[reference]}")
         for strategy, why in everywhere.items():

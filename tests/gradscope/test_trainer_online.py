@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def setting_of(method: str = "mocov3", **changes: Any) -> SmallSetting:
-    return small_setting(method, **{"budget": 2000.0, **changes})
+    return small_setting(method, **{"budget": 2000.0, "checkpoints": (), **changes})  # each of which writes a cube
 
 
 def run(out: Path, rule: AdaptiveRule = ONLINE, setting: SmallSetting | None = None, **options: Any) -> TrainResult:
@@ -63,6 +63,12 @@ def told_apart(content: dict[str, Any]) -> tuple[Any, Any, Any]:
     return online, rows, [content[name] for name in ("step", "units", "samples", "schedule")]
 
 
+def assert_same_moments(first: dict[str, Any], second: dict[str, Any]) -> None:
+    for i, kept in first["optimizer"]["state"].items():
+        for name, value in kept.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second["optimizer"]["state"][i][name])), name
+
+
 def assert_same_run(first: Path, second: Path) -> None:
     a, b = last(first), last(second)
     for mine, other in zip(told_apart(a), told_apart(b), strict=True):
@@ -72,7 +78,6 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert all(
             torch.equal(torch.as_tensor(v), torch.as_tensor(b["optimizer"]["state"][i][k])) for k, v in kept.items()
         )
-    assert torch.equal(a["rng"], b["rng"])
     schedules = [(out / "schedule.json").read_text() for out in (first, second)]
     assert schedules[0] == schedules[1]
     for group in ("/", "/param_groups"):
@@ -139,11 +144,13 @@ def test_the_schedule_is_what_ran_and_runs_again(finished: tuple[Path, TrainResu
     decisions = last(out)["online"]["policy"]["decisions"]
     assert [stage.start for stage in schedule.stages] == [d["fraction"] for d in decisions]
     assert schedule.budget == 2000 and schedule.batch_size == 16
-    setting = setting_of(budget=600.0)
+    setting, before = setting_of(budget=900.0), 0.0
     result = train(setting, make_schedule(str(out / "schedule.json"), setting), tmp_path / "again")
-    assert 600 - 64 < result.units <= 600
-    rows = [row for row in read_log(tmp_path / "again") if "strategy" in row]
-    assert rows[-1]["strategy"] == str(REFERENCE)
+    assert 900 - 64 < result.units <= 900
+    for row in read_log(tmp_path / "again"):
+        if "strategy" in row:
+            assert row["strategy"] == str(schedule.draw(before, seed=0, step=row["step"] - 1))
+            before = row["fraction"]
 
 
 def test_it_can_be_profiled_as_any_run(finished: tuple[Path, TrainResult, list[str]]) -> None:
@@ -164,11 +171,12 @@ def test_a_finished_run_is_not_touched_again(finished: tuple[Path, TrainResult, 
     assert_same_run(finished[0], out)
 
 
-@pytest.mark.parametrize("method", ["mocov3", "simclr", "dino"])
+@pytest.mark.parametrize("method", ["mocov3", pytest.param("simclr", marks=pytest.mark.slow), "dino"])
 def test_training_is_the_same_bit_by_bit_with_probes_and_without(method: str, tmp_path: Path) -> None:
     """Decisions frozen and probes not charged: momentum encoder, centre, BatchNorm, moments, random streams."""
     for name, rule in (("on", FROZEN), ("off", dataclasses.replace(FROZEN, overhead=0.0))):
-        setting = setting_of(method, budget=1000.0 if method != "dino" else 1600.0)
+        setting = setting_of(method, budget=2600.0 if method == "dino" else 1000.0)
+        torch.manual_seed(7)  # of the stream that nothing in training draws from
         run(tmp_path / name, rule, setting, options=RunOptions(charge_probes=False))
     on, off = last(tmp_path / "on"), last(tmp_path / "off")
     assert len(on["online"]["probes"]) >= 1 and not off["online"]["probes"]
@@ -187,28 +195,30 @@ def test_training_is_the_same_bit_by_bit_with_probes_and_without(method: str, tm
 # --- stops
 
 
+@pytest.mark.parametrize(
+    ("probe", "after"),
+    [(0, 0), (1, 1), pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(-1, 4, marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_continues_as_if_it_had_not(
-    finished: tuple[Path, TrainResult, list[str]], tmp_path: Path
+    probe: int, after: int, finished: tuple[Path, TrainResult, list[str]], tmp_path: Path
 ) -> None:
-    """Stopped before the first probe, just after one, and after the decision."""
-    records = last(finished[0])["online"]["probes"]
-    decided = next(r["step"] for r in records if r["switched"])
-    for at in sorted({3, records[0]["step"] + 2, decided + 2, records[-1]["step"] + 4}):
-        out, count = tmp_path / f"part-{at}", [0]
+    """Stopped before the step of a probe, just after it, or some steps later."""
+    out, count = tmp_path / "part", [0]
+    at = last(finished[0])["online"]["probes"][probe]["step"] + after
 
-        def stop(fraction: float, text: str, at: int = at, count: list[int] = count) -> None:
-            count[0] += "loss" in text
-            if count[0] == at:
-                signal.raise_signal(signal.SIGINT)
+    def stop(fraction: float, text: str) -> None:
+        count[0] += "loss" in text
+        if count[0] == at:
+            signal.raise_signal(signal.SIGINT)
 
-        with pytest.raises(Interrupted) as stopped:
-            run(out, report=stop)
-        assert stopped.value.exit_code == 130
-        kept = load_checkpoint(out / "resume.pt")
-        assert kept["step"] == at and json.dumps(kept["online"], allow_nan=False)
-        run(out)
-        assert_same_run(finished[0], out)
-        assert not (out / "resume.pt").exists()
+    with pytest.raises(Interrupted) as stopped:
+        run(out, report=stop)
+    assert stopped.value.exit_code == 130
+    kept = load_checkpoint(out / "resume.pt")
+    assert kept["step"] == at and json.dumps(kept["online"], allow_nan=False)
+    run(out)
+    assert_same_run(finished[0], out)
+    assert not (out / "resume.pt").exists()
 
 
 def killed(ranks: Any, out: Path, at: int, during: str) -> None:
@@ -241,12 +251,19 @@ def killed(ranks: Any, out: Path, at: int, during: str) -> None:
                 end()
 
         controller.AdaptiveController._take = after  # type: ignore[method-assign]
-    run(out, setting=setting_of(checkpoints=tuple(i / 10 for i in range(11))))
+    run(out, setting=setting_of(checkpoints=(0.1, 0.25, 0.4)))
 
 
-@pytest.mark.parametrize(("at", "during"), [(30, "step"), (5, "probe"), (2, "decision")])
+@pytest.mark.parametrize(
+    ("at", "during"),
+    [
+        pytest.param(30, "step", marks=pytest.mark.slow),
+        (5, "probe"),
+        pytest.param(2, "decision", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_continues_as_if_it_had_not(at: int, during: str, tmp_path: Path) -> None:
-    setting = setting_of(checkpoints=tuple(i / 10 for i in range(11)))
+    setting = setting_of(checkpoints=(0.1, 0.25, 0.4))
     run(tmp_path / "whole", setting=setting)
     (answer,) = run_function(1, killed, tmp_path / "job", tmp_path / "part", at, during)
     assert answer.code == -signal.SIGKILL, answer
@@ -309,7 +326,7 @@ def test_a_probe_without_end_of_trouble_ends_no_run(tmp_path: Path, monkeypatch:
 Run = Callable[..., tuple[int, str, str]]
 QUICK = (
     "train", "--budget", 700, "--batch-size", 16, "--patch", 4, "--grid", "patch=4,7;dropout=0,0.5", "--set",
-    "head_hidden=16", "--set", "evaluations=()",
+    "head_hidden=16", "--set", "evaluations=()", "--set", "checkpoints=()",
 )  # fmt: skip
 CHEAP = "online:overhead=0.6,minimum=3,maximum=3,sub_batch=4,dwell=0.0,confidence=0"
 

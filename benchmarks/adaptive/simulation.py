@@ -358,8 +358,10 @@ def told(run: Run, truth: Truth, rule: AdaptiveRule, budget: float) -> dict[str,
     numbers = [number for _, number in run.changes]
     returns = [fractions[i + 2] - fractions[i + 1] for i in range(len(numbers) - 2) if numbers[i] == numbers[i + 2]]
     decided = units_T[chosen_T].sum()
+    constant_C = (units_T[chosen_T, None] * (1 - worth_TC[chosen_T])).sum(0)
     return {
         "decisions": float(own_T[chosen_T].sum() / decided) if decided else math.nan,
+        "constant there": float(constant_C.min() / decided) if decided else math.nan,
         "total": float(sum(parts.values()) / spent),
         **{name: float(value) / spent for name, value in parts.items()},
         "first decision": fractions[0] if fractions else 1.0,

@@ -74,7 +74,7 @@ OFFLINE = {
     "descent": Offline("mixed"),
 }
 SCHEDULES = {"none": "none", "mixed": "mixed", **CONSTANTS}
-ONLINE = {"online": "online", "online-finish0": "online:finish=0"}
+ONLINE = {"online": "online"}
 ARMS = ("none", "mixed", *CONSTANTS, *OFFLINE, *ONLINE)
 """In the order in which they run: a pilot before what needs it."""
 
@@ -84,7 +84,6 @@ TITLES = {
     "paper": "the paper's offline schedule (ca-mse, profile of the run without acceleration)",
     "descent": "offline schedule by descent (profile of the mixed run)",
     "online": "online, probes charged",
-    "online-finish0": "online without a last part on the reference, probes charged",
 }
 
 

@@ -65,9 +65,9 @@ def test_training_is_the_same_bit_by_bit_with_probes_and_without(kind: str, per_
     for rule in (MIXED, {**MIXED, "overhead": 0.0}):
         seed_all()
         task = {"sample_losses": sample_losses} if per_sample else {}
-        loops.append(new_loop(rule, model=MODELS[kind](), charge=False, budget=4000, task=task).all())
+        loops.append(new_loop(rule, model=MODELS[kind](), charge=False, budget=2500, task=task).all())
     probed, bare = loops
-    assert len(probed.controller.probes) >= 4 and not bare.controller.probes
+    assert len(probed.controller.probes) >= 3 and not bare.controller.probes
     assert all(record.strategies == 3 and not record.failures for record in probed.controller.probes)
     assert probed.ran == bare.ran and len(set(bare.ran)) == 3
     assert probed.numbers() == bare.numbers() == follow(MODELS[kind](), bare.ran).numbers()
@@ -460,18 +460,18 @@ def test_a_run_that_is_continued_anywhere_is_the_run_that_went_on(kind: str) -> 
     import random
 
     seed_all()
-    whole = new_loop(model=MODELS[kind](), budget=4000)
+    whole = new_loop(model=MODELS[kind](), budget=2500)
     points = []
     while True:
         probes = whole.controller.probes
-        if whole.controller.step % 45 == 0 or (probes and probes[-1].step + 1 == whole.controller.step):
+        if whole.controller.step % 40 == 0 or (probes and probes[-1].step + 1 == whole.controller.step):
             points.append((*stopped(whole), random.getstate()))
         if not whole.once():
             break
-    assert len(whole.controller.probes) >= 3 and len(points) >= 6
+    assert len(whole.controller.probes) >= 3 and len(points) >= 5
     for content, streams, python in points:
         seed_all(99)
-        part = new_loop(model=MODELS[kind](seed=5) if kind == "BatchNorm and dropout" else linear(seed=5), budget=4000)
+        part = new_loop(model=MODELS[kind](seed=5) if kind == "BatchNorm and dropout" else linear(seed=5), budget=2500)
         kept = torch.load(io.BytesIO(content), weights_only=True)
         part.model.load_state_dict(kept["model"])
         part.optimizer.load_state_dict(kept["optimizer"])

@@ -194,7 +194,7 @@ def on_reference(error: Exception | float) -> Trouble:
     return trouble
 
 
-@pytest.mark.parametrize("error", [NAN, *ERRORS], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", [NAN, *ERRORS[::3]], ids=lambda e: type(e).__name__)
 def test_a_reference_that_cannot_be_measured_leaves_everything_as_it_is(error: Exception | float) -> None:
     """Told three times, then no more probes; all candidates stay mixed until the finish."""
     told: list[str] = []

@@ -35,7 +35,7 @@ ONLINE = AdaptiveRule(overhead=0.5, minimum=3, maximum=4, sub_batch=8, dwell=0.0
 
 def train_online(ranks: Ranks, out: Path, rule: AdaptiveRule, trouble: dict[int, tuple[str, int]], changes: Any) -> Any:
     kind, at = trouble.get(ranks.rank, ("", -1))
-    setting = double_setting("mocov3", trouble=kind, at=at, **{"budget": 2400.0, **changes})
+    setting = double_setting("mocov3", trouble=kind, at=at, **{"budget": 2000.0, "checkpoints": (), **changes})
     told: list[str] = []
     result = train(setting, rule, out, ranks=ranks, tell=told.append)
     return result.step, result.units, told
@@ -76,6 +76,7 @@ def test_two_ranks_decide_as_one(tmp_path: Path) -> None:
         assert (tmp_path / "two" / name).exists()
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_and_one_goes_on_deciding_the_same(tmp_path: Path) -> None:
     (one,) = run_function(1, train_online, tmp_path / "one-job", tmp_path / "one", ONLINE, {}, {})
     out = tmp_path / "two"

@@ -36,8 +36,10 @@ from tests.gradscope.train_ranks_job import run_function
 ONLINE = AdaptiveRule(overhead=0.4, minimum=3, maximum=4, sub_batch=8, dwell=0.0, exploration=0.3, confidence=0.0)
 TEXT = f"online:{ONLINE}"
 FROZEN = dataclasses.replace(ONLINE, frozen=True, finish=0.0)
+SAVED = (0.1, 0.3)
 REFERENCE = Strategy(patch=4, dropout=0)
 ROOT = Path(__file__).parents[2]
+SLOW = pytest.mark.slow
 
 
 def setting_of(method: str = "mocov3", **changes: Any) -> SmallSetting:
@@ -196,8 +198,7 @@ def test_training_is_the_same_bit_by_bit_with_probes_and_without(method: str, tm
 
 
 @pytest.mark.parametrize(
-    ("probe", "after"),
-    [(0, 0), (1, 1), pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(-1, 4, marks=pytest.mark.slow)],
+    ("probe", "after"), [(1, 1), *(pytest.param(*at, marks=SLOW) for at in ((0, 0), (0, 1), (-1, 4)))]
 )
 def test_a_stopped_run_continues_as_if_it_had_not(
     probe: int, after: int, finished: tuple[Path, TrainResult, list[str]], tmp_path: Path
@@ -251,7 +252,7 @@ def killed(ranks: Any, out: Path, at: int, during: str) -> None:
                 end()
 
         controller.AdaptiveController._take = after  # type: ignore[method-assign]
-    run(out, setting=setting_of(checkpoints=(0.1, 0.25, 0.4)))
+    run(out, setting=setting_of(checkpoints=SAVED))
 
 
 @pytest.mark.parametrize(
@@ -262,15 +263,16 @@ def killed(ranks: Any, out: Path, at: int, during: str) -> None:
         pytest.param(2, "decision", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_continues_as_if_it_had_not(at: int, during: str, tmp_path: Path) -> None:
-    setting = setting_of(checkpoints=(0.1, 0.25, 0.4))
-    run(tmp_path / "whole", setting=setting)
-    (answer,) = run_function(1, killed, tmp_path / "job", tmp_path / "part", at, during)
+def test_a_killed_run_continues_as_if_it_had_not(
+    at: int, during: str, finished: tuple[Path, TrainResult, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "part"
+    (answer,) = run_function(1, killed, tmp_path / "job", out, at, during)
     assert answer.code == -signal.SIGKILL, answer
-    saved = list_checkpoints(tmp_path / "part")
-    assert saved and saved[-1].step < last(tmp_path / "whole")["step"]
-    run(tmp_path / "part", setting=setting)
-    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    saved = list_checkpoints(out)
+    assert saved and saved[-1].step < last(finished[0])["step"]
+    run(out, setting=setting_of(checkpoints=SAVED))
+    assert_same_run(finished[0], out)
 
 
 # --- what is refused
@@ -370,6 +372,7 @@ def test_train_plot_optimize_and_train_again(command: Run, small_data: ImageData
     assert json.loads(out)["units"] <= 700
 
 
+@SLOW
 def test_the_saved_settings_give_the_same_run_again(command: Run, small_data: ImageData) -> None:
     assert command(*QUICK, "--schedule", CHEAP, "--out", "x", "--quiet")[0] == 0
     code, out, err = command("--config", "x/config.toml", "train", "--out", "y", "--json")
@@ -421,7 +424,7 @@ def test_another_rule_in_the_same_folder_ends_with_1(command: Run, small_data: I
     assert {path.name: path.read_bytes() for path in Path("x").iterdir()} == before
 
 
-@pytest.mark.slow
+@SLOW
 def test_sigterm_ends_with_143_and_the_same_command_continues(tmp_path: Path) -> None:
     """In a process of its own, on the bundled images."""
     words = [*map(str, QUICK), "--schedule", CHEAP, "--out", "x"]

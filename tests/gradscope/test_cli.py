@@ -188,7 +188,7 @@ def test_cost_measures_a_task_of_ones_own_without_tokens(run) -> None:  # type: 
         ),
         (("train", "--budget", "1K", "--out", "x", "--schedule", "pach=4"), 2, "unknown axis 'pach'"),
         (("train", "--budget", "1K", "--out", "x", "--schedule", "absent.json"), 2, "no such file"),
-        (("train", "--budget", "1K", "--out", "x", "--schedule", "online"), 2, "not built yet"),
+        (("train", "--budget", "1K", "--out", "x", "--schedule", "online:dweel=1"), 2, "dweel"),
         (("train", "--budget", "1K", "--out", "x", "--data", "imagenet"), 2, "imagenet"),
         (
             ("train", "--budget", "1K", "--out", "x", "--grid", "size=1"),

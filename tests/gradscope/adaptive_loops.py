@@ -86,6 +86,7 @@ class Spy:
         factor: float | None = 1.0
         if not self.training:
             self.calls += 1
+            _ = torch.rand(2), np.random.rand(), random.random()  # a loss may draw from streams that are not its own
             if self.trouble is not None:
                 factor = self.trouble(strategy, self.calls)
             if torch.is_grad_enabled():

@@ -481,6 +481,7 @@ def test_a_run_that_is_continued_anywhere_is_the_run_that_went_on(kind: str) -> 
         random.setstate(python)
         begun = part.controller.step
         part.all()
+        assert part.controller.samples == whole.controller.samples == BATCH * len(whole.ran)
         assert part.ran == whole.ran[begun:] and decisions_of(part.controller) == decisions_of(whole.controller)
         assert part.numbers() == whole.numbers()
 

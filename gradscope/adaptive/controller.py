@@ -209,7 +209,8 @@ class AdaptiveController:
         """Note that optimizer step `step` has its gradient: once per step, after backward(), before zero_grad().
 
         Charges the step, makes a probe when one is due, and decides; what is decided holds from the next step on.
-        `samples`: of this step, where it is not the whole batch. A probe that fails is told and changes nothing.
+        `samples`: of this step over all ranks, the same number on each, where it is not the whole batch. A probe that
+        fails is told and changes nothing.
         Raises UsageError where there is no gradient yet, and for a step out of order.
         """
         if step != self.step:

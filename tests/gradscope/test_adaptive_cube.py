@@ -163,7 +163,7 @@ def continued(path: Path, at: int, **options: Any) -> Loop:
     return part.all()
 
 
-@pytest.mark.parametrize("at", [pytest.param(60, marks=pytest.mark.slow), 110])
+@pytest.mark.parametrize("at", [pytest.param(at, marks=pytest.mark.slow) for at in (60, 110)])
 def test_the_cube_of_a_continued_run_is_that_of_one_that_went_on(at: int, tmp_path: Path) -> None:
     """Probes after the point from which it goes on are made once more, and their old rows go."""
     seed_all()
@@ -178,7 +178,7 @@ def test_the_cube_of_a_continued_run_is_that_of_one_that_went_on(at: int, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "change", ["grid", "seed", *(pytest.param(c, marks=pytest.mark.slow) for c in ("budget", "optimizer", "maximum"))]
+    "change", ["seed", *(pytest.param(c, marks=pytest.mark.slow) for c in ("grid", "budget", "optimizer", "maximum"))]
 )
 def test_the_cube_of_an_earlier_run_is_replaced_by_a_new_one(change: str, path: Path) -> None:
     """A controller that begins writes its own probes alone, also where the old ones were made at earlier steps."""

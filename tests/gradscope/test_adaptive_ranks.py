@@ -215,7 +215,10 @@ def test_ranks_agree_where_one_sees_other_data_or_fails(kind: str, tmp_path: Pat
         assert "keep=0.25" not in values[0]["ran"]
 
 
-@pytest.mark.parametrize("kind", ["nan reference", "batches raise", "batches raise later", "batches end"])
+@pytest.mark.parametrize(
+    "kind",
+    ["nan reference", "batches raise", "batches raise later", pytest.param("batches end", marks=pytest.mark.slow)],
+)
 def test_a_probe_that_fails_on_one_rank_alone_ends_no_training_and_hangs_no_rank(kind: str, tmp_path: Path) -> None:
     values = two_ranks(kind, tmp_path)
     assert_agreed(values)
@@ -223,7 +226,7 @@ def test_a_probe_that_fails_on_one_rank_alone_ends_no_training_and_hangs_no_rank
         assert value["errors"][0] == "" and value["errors"][1], value["errors"]
 
 
-@pytest.mark.parametrize("overhead", [0.1, 0.4])
+@pytest.mark.parametrize("overhead", [0.1, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_the_cap_counts_what_every_rank_spends(overhead: float, tmp_path: Path) -> None:
     """Without an optimizer every rank estimates the second moment by passes of its own."""
     values = two_ranks("no optimizer", tmp_path, overhead=overhead)

@@ -132,19 +132,19 @@ class _Run:
     ) -> None:
         self.setting, self.config = setting, setting.config
         self.out, self.device, self.report, self.options, self.ranks = out, device, report, options, ranks
-        if isinstance(schedule, Schedule):
-            OfflinePlan(schedule, setting)  # refuses what cannot be run before a model is made
+        # refuses what cannot be run before a model is made
+        offline = OfflinePlan(schedule, setting) if isinstance(schedule, Schedule) else None
         self.model: Method = setting.new_model().to(device).train()
         self.stepper = Stepper(setting, self.model, device=device, ranks=ranks, compiled=options.compiled)
         self.state = RunState()
-        self.plan: Plan = (
-            OfflinePlan(schedule, setting)
-            if isinstance(schedule, Schedule)
-            else OnlinePlan(
+        if isinstance(schedule, AdaptiveRule):
+            self.plan: Plan = OnlinePlan(
                 schedule, setting, self.model, self.stepper.optimizer, out,
                 device=device, ranks=ranks, report=tell, charge=options.charge_probes,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        else:
+            assert offline is not None
+            self.plan = offline
         self.state.units = self.plan.units
         self.costs = {strategy: self.model.cost(strategy) for strategy in self.plan.strategies}
         self.log = RunLog(out, tensorboard=options.tensorboard and ranks.first)

@@ -78,8 +78,8 @@ class AdaptiveController:
 
     `task`: a `Task` (or `LoopTask`), whose `grid`, `batches`, `loss` and `cost` are used; `load` is not. `model`: the
     module that is trained, without a wrapper such as DistributedDataParallel. `optimizer`: for the metric "optimizer",
-    which is the second moment of Adam's kind; for an optimizer without one it is "euclidean", and where no optimizer is
-    given it is estimated, which costs passes. `budget` in units, also as 100M; `batch_size` samples of an optimizer
+    which is the second moment of Adam's kind; for an optimizer without betas (SGD) it is "euclidean", and where there
+    is no optimizer, or no second moment of every parameter, it is estimated, which costs passes. `budget` in units, also as 100M; `batch_size` samples of an optimizer
     step, over all ranks and accumulated passes. `ranks`: default those of torch.distributed, where it is
     initialised. `cube`: a file that gets the measurements, as `gradscope profile` writes them. `report`: is told of
     every probe and decision, in one line, on the first rank; by default the logger "gradscope" is, at level INFO.
@@ -210,8 +210,8 @@ class AdaptiveController:
 
         Charges the step, makes a probe when one is due, and decides; what is decided holds from the next step on.
         `samples`: of this step over all ranks, the same number on each, where it is not the whole batch. A probe that
-        fails is told and changes nothing.
-        Raises UsageError where there is no gradient yet, and for a step out of order.
+        fails is told and changes nothing. Raises UsageError where there is no gradient yet, and for a step out of
+        order.
         """
         if step != self.step:
             raise UsageError(

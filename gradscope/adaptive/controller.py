@@ -79,8 +79,9 @@ class AdaptiveController:
     `task`: a `Task` (or `LoopTask`), whose `grid`, `batches`, `loss` and `cost` are used; `load` is not. `model`: the
     module that is trained, without a wrapper such as DistributedDataParallel. `optimizer`: for the metric "optimizer",
     which is the second moment of Adam's kind; for an optimizer without betas (SGD) it is "euclidean", and where there
-    is no optimizer, or no second moment of every parameter, it is estimated, which costs passes. `budget` in units, also as 100M; `batch_size` samples of an optimizer
-    step, over all ranks and accumulated passes. `ranks`: default those of torch.distributed, where it is
+    is no optimizer, or no second moment of every parameter, it is estimated, which costs passes. `budget` in units,
+    also as 100M; `batch_size` samples of an optimizer step, over all ranks and accumulated passes. `ranks`: default
+    those of torch.distributed, where it is
     initialised. `cube`: a file that gets the measurements, as `gradscope profile` writes them. `report`: is told of
     every probe and decision, in one line, on the first rank; by default the logger "gradscope" is, at level INFO.
     `precision`: "bf16" measures under autocast. `estimator`: the engine, as of `gradscope profile`; by default the

@@ -177,16 +177,15 @@ class AdaptivePolicy:
         self.evidence.add(fraction, found)
         self._note_candidates(step, spent, measured, tuple(failed or ()))
         if self.rule.frozen or self.finishing:
-            return self._verdict(self.evidence.pooled(fraction), None, None, None, False, False)
-        forgot = self._contradicted(fraction, found)
+            return self._verdict(self.evidence.pooled(fraction), None, None, None, False)
         pooled = self.evidence.pooled(fraction)
         best = self._best(pooled, [s for s in found.strategies if s in self.candidates and self._allowed(s)])
         unmeasured = any(not self.planner.measured(s) for s in self.candidates)
         unknown = self.incumbent is None and unmeasured and self.probes < LEAST_PROBES
         if best is None or best == self.incumbent or unknown:
-            return self._verdict(pooled, best, None, None, False, forgot)
+            return self._verdict(pooled, best, None, None, False)
         gain, error, least = self._advantage(pooled, best)
-        # where nothing is known of what runs any more (it fails, and all before was contradicted), it is left
+        # where nothing is known of what runs any more (it fails, and what was known is long ago), it is left
         sure = math.isnan(gain) or gain - least > self.rule.confidence * error
         changes = [d.fraction for d in self._decisions if d.why in ("first", "switch")]
         rested = not changes or fraction - changes[-1] >= self.rule.dwell
@@ -194,8 +193,8 @@ class AdaptivePolicy:
         if switched:
             self._decide(step + 1, spent, best, "first" if self.incumbent is None else "switch")
         if math.isnan(gain):
-            return self._verdict(pooled, best, None, None, switched, forgot)
-        return self._verdict(pooled, best, gain, error, switched, forgot)
+            return self._verdict(pooled, best, None, None, switched)
+        return self._verdict(pooled, best, gain, error, switched)
 
     def leave_out(self, strategy: Strategy, why: str) -> None:
         """Never choose or explore a strategy, before training begins: the model refuses it.
@@ -242,23 +241,6 @@ class AdaptivePolicy:
             why = "; ".join(filter(None, [f"failed: {gone}" if gone else "", f"back: {came}" if came else ""]))
             self._decisions.append(Decision(step + 1, spent / self.budget, now.strategy, kept, now.exploration, why))
 
-    def _contradicted(self, fraction: float, found: Measurement) -> bool:
-        """Whether the newest probe alone says that the best strategy by all probes is not; if so, forget the others."""
-        if len(self.evidence.probes) < 2:
-            return False
-        together, alone = self.evidence.pooled(fraction), self.evidence.pooled(fraction, last=1)
-        favourite = self._best(together, [s for s in found.strategies if s in self.candidates])
-        now = self._best(alone, [s for s in found.strategies if s in self.candidates])
-        if favourite is None or now is None or favourite == now:
-            return False
-        a, b = self.strategies.index(now), self.strategies.index(favourite)
-        apart_B = alone.draws_BC[:, a] - alone.draws_BC[:, b]
-        error = float(apart_B.std())
-        if not alone.worth_C[a] - alone.worth_C[b] > self.rule.surprise * error:
-            return False
-        self.evidence.forget_before_last()
-        return True
-
     def _best(self, pooled: Pooled, among: Sequence[Strategy]) -> Strategy | None:
         known = [s for s in among if np.isfinite(pooled.worth_C[self.strategies.index(s)])]
         return max(known, key=lambda s: pooled.worth_C[self.strategies.index(s)], default=None)
@@ -287,13 +269,12 @@ class AdaptivePolicy:
         gain: float | None,
         error: float | None,
         switched: bool,
-        forgot: bool,
     ) -> Verdict:
         sign = -1.0 if self.evidence.criterion.lower_is_better else 1.0
         known = [c for c, worth in enumerate(pooled.worth_C) if np.isfinite(worth)]
         errors_C = pooled.draws_BC.std(axis=0)
         return Verdict(
-            best, gain, error, switched, {self.strategies[c]: sign * float(pooled.worth_C[c]) for c in known}, forgot,
+            best, gain, error, switched, {self.strategies[c]: sign * float(pooled.worth_C[c]) for c in known},
             {self.strategies[c]: float(errors_C[c]) for c in known},
             {self.strategies[c]: float(pooled.effective_C[c]) for c in known},
         )  # fmt: skip

@@ -23,8 +23,7 @@ class AdaptiveRule:
     - `exploration`: share that is spread evenly over all candidates, in real training steps.
     - `start`: where the first probe may come; before it all candidates are mixed. `finish`: the last part, which runs
       on the reference; 0: none.
-    - `half_life`: after which a measurement weighs half. `surprise`: standard errors by which a new probe alone must
-      contradict what is known for all older ones to be forgotten at once.
+    - `half_life`: after which a measurement weighs half.
     - `confidence`: standard errors by which an advantage must exceed `tolerance`, a share of the present score, to be
       worth a switch; `dwell`: least distance between two switches; `monotone`: never to a cheaper strategy.
     - `minimum` and `maximum`: sub-batches of a probe; `sub_batch`: samples of one, 0: those of an optimizer step.
@@ -40,7 +39,6 @@ class AdaptiveRule:
     start: float = 0.05
     finish: float = 0.1
     half_life: float = 0.1
-    surprise: float = 3.0
     confidence: float = 0.5
     tolerance: float = 0.02
     dwell: float = 0.05
@@ -57,7 +55,7 @@ class AdaptiveRule:
         for name in ("overhead", "exploration", "start", "finish", "dwell"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)!r} is not a share of the budget in [0, 1)")
-        for name in ("confidence", "tolerance", "surprise"):
+        for name in ("confidence", "tolerance"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)!r} must be a number of at least 0")
         if not 0 < self.half_life < math.inf:
@@ -135,7 +133,7 @@ class Verdict:
     `advantage`: its worth (the score, its sign such that larger is better) less that of what ran before (of the mixture
     of all candidates where nothing was chosen yet), and `standard_error` of it; None where nothing can be said.
     `scores`: score of every strategy, as pooled over probes; `errors`: one standard error of each; `effective`: the
-    effective number of sub-batches behind it. `forgot`: whether older probes were contradicted.
+    effective number of sub-batches behind it.
     """
 
     best: Strategy | None
@@ -143,6 +141,5 @@ class Verdict:
     standard_error: float | None
     switched: bool
     scores: dict[Strategy, float]
-    forgot: bool = False
     errors: dict[Strategy, float] = field(default_factory=dict)
     effective: dict[Strategy, float] = field(default_factory=dict)

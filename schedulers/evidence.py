@@ -12,9 +12,14 @@ well and takes out that gradients shrink over training. The effective number of 
 strategies of a sub-batch, so what common images err by together cancels in differences.
 
 <E g, G> and |G|^2 err together, and where both are close to zero their ratio says nothing. Therefore
-<E g, G> = |G|^2 + <E g - G, G>, of which the second is measured far better than either, with |G|^2 at least its
-standard error, and the second shrunk towards 0 by tau^2 / (tau^2 + se^2), tau = |G|^2 / 2: the posterior under a normal
-prior of that spread, whose error is sqrt of that factor times se.
+<E g, G> = |G|^2 (1 + a_c), a_c = <E g - G, G> / |G|^2, whose numerator is measured far better than <E g, G>, with
+|G|^2 at least its standard error. Of a_c(f) at the fraction f of the budget a Gaussian process is assumed before
+anything is measured: with k_c = C_ref / C_c the compression and x_c = log k_c,
+
+    a_c(f) = -s(f) x_c + r_c(f),    s ~ N(SLOPE, SLOPE_SPREAD^2),    r_c ~ N(0, OWN_SPREAD^2),
+
+s and r_c independent, correlated over the budget by 2^(-|f - f'| / half_life). The posterior mean and draws given all
+probes stand for a_c: strategies tell about each other, and a noisy probe weighs little.
 
 Shapes: C strategies of the grid, P probes, M sub-batches of a probe, B draws, E = 5 moments in the order of MOMENTS.
 """
@@ -33,7 +38,9 @@ from schedulers.strategy import Strategy
 
 DRAWS = 256
 FORGOTTEN = 0.01  # relative weight below which a probe is dropped
-SHRINKAGE = 0.5  # spread of <E g - G, G> / |G|^2 over strategies that is expected before anything is measured
+SLOPE = 0.25  # by which <E g, G> / |G|^2 falls with the logarithm of the compression, before anything is measured
+SLOPE_SPREAD = 0.15  # standard deviation of that
+OWN_SPREAD = 0.15  # of a strategy's own deviation from that line
 INNER = MOMENTS.index("inner")
 REFERENCE = MOMENTS.index("norm_sq_ref")
 VARIANCE = MOMENTS.index("variance")
@@ -123,15 +130,16 @@ class Evidence:
         self.probes.append(self._placed(fraction, found, float(scale) if scale > 0 else 1.0))
         self.probes = [p for p in self.probes if self._decay(p, fraction) >= FORGOTTEN]
 
-    def pooled(self, fraction: float, *, last: int | None = None) -> Pooled:
-        """What is known at `fraction`, of all probes or of the `last` ones alone."""
-        probes = self.probes if last is None else self.probes[-last:]
+    def pooled(self, fraction: float) -> Pooled:
+        """What is known at `fraction`."""
+        probes = self.probes
         count = len(self.strategies)
         weight_PC = np.array([self._decay(p, fraction) * p.sub_batches_C for p in probes]).reshape(-1, count)
         total_C = weight_PC.sum(0)
         share_PC = weight_PC / np.where(total_C > 0, total_C, np.nan)
         moments_CE = np.full((count, len(MOMENTS)), np.nan)
         errors_BCE = np.zeros((DRAWS, count, len(MOMENTS)))
+        errors_PBCE = []
         if probes:
             values_PCE = np.nan_to_num(np.stack([p.moments_CE for p in probes]))
             moments_CE = np.where(
@@ -140,29 +148,74 @@ class Evidence:
             generator = np.random.default_rng(0)
             for share_C, probe in zip(np.nan_to_num(share_PC), probes, strict=True):
                 noise_BM = generator.standard_normal((DRAWS, probe.influence_CEM.shape[-1]))
-                errors_BCE += np.einsum("bm,cem->bce", noise_BM, share_C[:, None, None] * probe.influence_CEM)
+                errors_PBCE.append(np.einsum("bm,cem->bce", noise_BM, probe.influence_CEM))
+                errors_BCE += share_C[:, None] * errors_PBCE[-1]
         squares_C = np.array(
             [self._decay(p, fraction) ** 2 * p.sub_batches_C for p in probes]
         ).reshape(-1, count).sum(0)  # fmt: skip
         effective_C = total_C**2 / np.where(squares_C > 0, squares_C, 1.0)
-        return Pooled(*self._worth(moments_CE, errors_BCE), effective_C)
+        aside_C, aside_BC = self._aside(fraction, probes, [e[..., INNER] - e[..., REFERENCE] for e in errors_PBCE])
+        return Pooled(*self._worth(moments_CE, errors_BCE, aside_C, aside_BC), effective_C)
 
-    def forget_before_last(self) -> None:
-        """Drop all probes but the newest."""
-        self.probes = self.probes[-1:]
-
-    def _worth(self, moments_CE: FloatArray, errors_BCE: FloatArray) -> tuple[FloatArray, FloatArray]:
-        # |G|^2 is one number for all strategies; where it is lost in noise, its error stands in for it
-        error = float(errors_BCE[:, self.reference, REFERENCE].std())
-        common = max(float(moments_CE[self.reference, REFERENCE]), error)
-        apart_C, apart_BC = (m[..., INNER] - m[..., REFERENCE] for m in (moments_CE, errors_BCE))
-        known_C = (SHRINKAGE * common) ** 2 / ((SHRINKAGE * common) ** 2 + apart_BC.var(axis=0))
+    def _worth(
+        self, moments_CE: FloatArray, errors_BCE: FloatArray, aside_C: FloatArray, aside_BC: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        common = self._common(moments_CE, float(errors_BCE[:, self.reference, REFERENCE].std()))
         moments_CE, draws_BCE = moments_CE.copy(), moments_CE + errors_BCE
-        moments_CE[:, INNER] = common + known_C * apart_C
-        draws_BCE[..., INNER] = common + known_C * apart_C + np.sqrt(known_C) * apart_BC
+        moments_CE[:, INNER] = np.where(np.isnan(moments_CE[:, INNER]), np.nan, common * (1 + aside_C))
+        draws_BCE[..., INNER] = np.where(np.isnan(moments_CE[:, INNER]), np.nan, common * (1 + aside_BC))
         moments_CE[:, REFERENCE] = draws_BCE[..., REFERENCE] = common if common > 0 else np.nan
         draws_BCE[..., VARIANCE] = np.maximum(draws_BCE[..., VARIANCE], 0.01 * moments_CE[:, VARIANCE])
         return self._score(moments_CE), self._score(draws_BCE)
+
+    def _common(self, moments_CE: FloatArray, error: float) -> float:
+        """|G|^2, one number for all strategies; where it is lost in noise, its error stands in for it."""
+        return max(float(moments_CE[self.reference, REFERENCE]), error)
+
+    def _aside(
+        self, fraction: float, probes: Sequence[_Probe], errors_PBC: Sequence[FloatArray]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Posterior mean (C,) and draws (B, C) of a_c at `fraction`; `errors_PBC`: draws of the probes' errors.
+
+        Draws by Matheron's rule: what was drawn of the process, corrected by the residual of data with drawn errors,
+        which keeps what the alignments' errors have in common with those of the other moments.
+        """
+        log_C = np.log(self.cost_C[self.reference] / self.cost_C)
+        own_C = np.full(len(log_C), OWN_SPREAD)
+        own_C[self.reference] = 0.0
+        cov_CC = SLOPE_SPREAD**2 * np.outer(log_C, log_C) + np.diag(own_C**2)
+        mean_C, count = -SLOPE * log_C, len(log_C)
+        at_F = np.array([p.fraction for p in probes] + [fraction])
+        like_FF = 2.0 ** (-np.abs(at_F[:, None] - at_F) / self.half_life)
+        prior_NN = np.kron(like_FF, cov_CC)
+        noise_NN = np.zeros_like(prior_NN)
+        found_N, drawn_BN = np.full(len(prior_NN), np.nan), np.zeros((DRAWS, len(prior_NN)))
+        for number, (probe, errors_BC) in enumerate(zip(probes, errors_PBC, strict=True)):
+            common = self._common_at(probes[: number + 1])
+            rows = slice(number * count, (number + 1) * count)
+            if common > 0:
+                apart_CM = (probe.influence_CEM[:, INNER] - probe.influence_CEM[:, REFERENCE]) / common
+                noise_NN[rows, rows] = apart_CM @ apart_CM.T
+                found_N[rows] = (probe.moments_CE[:, INNER] - probe.moments_CE[:, REFERENCE]) / common
+                drawn_BN[:, rows] = errors_BC / common
+        found_N[self.reference :: count] = np.nan  # 0 by definition
+        seen = np.flatnonzero(np.isfinite(found_N))
+        now = slice(len(prior_NN) - count, None)
+        root_NN = np.kron(_root(like_FF), _root(cov_CC))
+        process_BN = np.random.default_rng(1).standard_normal((DRAWS, len(prior_NN))) @ root_NN.T
+        prior_N = np.tile(mean_C, len(at_F))
+        gain_CN = np.linalg.lstsq((prior_NN + noise_NN)[np.ix_(seen, seen)], prior_NN[seen, now], rcond=None)[0].T
+        aside_C = mean_C + gain_CN @ (found_N - prior_N)[seen]
+        aside_BC = aside_C + process_BN[:, now] - (process_BN + drawn_BN)[:, seen] @ gain_CN.T
+        return aside_C, aside_BC
+
+    def _common_at(self, probes: Sequence[_Probe]) -> float:
+        """|G|^2 by these probes, as it was known at the last of them."""
+        weight_P = np.array([self._decay(p, probes[-1].fraction) * p.sub_batches_C[self.reference] for p in probes])
+        share_P = weight_P / weight_P.sum()
+        value = float(share_P @ [p.moments_CE[self.reference, REFERENCE] for p in probes])
+        squares_P = [(p.influence_CEM[self.reference, REFERENCE] ** 2).sum() for p in probes]
+        return max(value, float(np.sqrt(share_P**2 @ squares_P)))
 
     def _score(self, moments: FloatArray) -> FloatArray:
         reference_cost = float(self.cost_C[self.reference])
@@ -212,3 +265,9 @@ class Evidence:
         moments_CE[rows], influence_CEM[rows] = found.moments / scale, found.influence / scale
         sub_batches_C[rows] = found.sub_batches
         return _Probe(fraction, moments_CE, influence_CEM, sub_batches_C)
+
+
+def _root(matrix_NN: FloatArray) -> FloatArray:
+    """A square root of a covariance that may be singular."""
+    values_N, vectors_NN = np.linalg.eigh(matrix_NN)
+    return np.asarray(vectors_NN * np.sqrt(np.maximum(values_N, 0.0)))

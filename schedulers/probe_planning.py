@@ -9,7 +9,8 @@ from typing import Any
 from schedulers.adaptive_rule import ProbePlan
 from schedulers.strategy import Grid, Strategy
 
-PROBES = 12  # what the cap should pay for, before a probe gets more sub-batches
+PROBES = 12  # what the cap should pay for, before a probe gets more sub-batches than PRECISE
+PRECISE = 12  # sub-batches of a probe that come before more than LEAST_PROBES of them
 LEAST_PROBES = 3  # where it does not pay for so many of all candidates, a probe measures fewer of them
 ENOUGH = 5  # strategies in a probe, where it pays for three
 RETRIES = 3  # probes in a row that may fail, of one strategy or altogether, before no more are tried
@@ -60,8 +61,8 @@ class ProbePlanner:
         if self._blank >= RETRIES:
             return None
         reference, wanted = self.grid.reference, self._by_interest(candidates, incumbent)
-        sub_batches = int(max(cap / PROBES - set_up, 0.0) // self.units(wanted, 1))
-        sub_batches = min(max(sub_batches, self.minimum), self.maximum)
+        many, few = (int(max(cap / probes - set_up, 0.0) // self.units(wanted, 1)) for probes in (PROBES, LEAST_PROBES))
+        sub_batches = min(max(many, min(PRECISE, few), self.minimum), self.maximum)
         for probes in range(LEAST_PROBES, 0, -1):
             chosen = [reference]
             for strategy in wanted:

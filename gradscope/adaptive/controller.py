@@ -59,7 +59,6 @@ class ProbeRecord:
     advantage: float | None
     standard_error: float | None
     switched: bool
-    forgot: bool
     scores: dict[str, float]
     errors: dict[str, float]
     failures: dict[str, str]
@@ -343,7 +342,6 @@ class AdaptiveController:
             verdict.advantage,
             verdict.standard_error,
             verdict.switched,
-            verdict.forgot,
             {str(s): score for s, score in verdict.scores.items()},
             {str(s): error for s, error in verdict.errors.items()},
             {str(s): why for s, why in probe.failures.items()},

@@ -39,6 +39,7 @@ def make_config(
             if any(isinstance(point, str) for point in points):
                 raise UsageError(f"--grid {grid!r}: patch and dropout take numbers, as in patch=2,4;dropout=0,0.5")
             values[names[axis]] = points
+    by_option = set(values)
     for text in settings:
         key, equals, value = text.partition("=")
         if equals and key not in types:
@@ -51,6 +52,8 @@ def make_config(
             read = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             read = value
+        if key in values and key not in by_option:
+            raise UsageError(f"--set {text!r}: {key} is set twice")
         if key in values:
             option = {"patches": "grid", "dropouts": "grid"}.get(key, key.replace("_", "-"))
             raise UsageError(f"--set {text!r}: {key} has an option of its own, --{option}")

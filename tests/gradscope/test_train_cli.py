@@ -124,6 +124,7 @@ def test_flags_over_environment_over_file(run: Run, small_data: ImageData, monke
         ("", ("--set", "momentun=1"), "unknown setting 'momentun'"),
         ("", ("--set", "momentum"), "not of the form setting=value"),
         ("", ("--set", "patches=4", "--grid", "patch=4,7"), "patches has an option of its own, --grid"),
+        ("", ("--set", "width=64", "--set", "width=128"), "width is set twice"),
         ("", ("--set", "accumulate=2", "--method", "simclr"), "SimCLR's gradient flows into the negatives"),
         ("", ("--set", "small_crops=2"), "small_crops is 2; only dino"),
         ("", ("--keep", "0"), "keep is 0"),

@@ -19,12 +19,12 @@ def test_an_empty_text_is_the_default() -> None:
 
 def test_every_setting_can_be_given_as_text() -> None:
     text = (
-        "criterion=ca-mse, metric=euclidean,overhead=0.05,exploration=0,start=0.2,finish=0.0,half_life=1.5,surprise=2,"
+        "criterion=ca-mse, metric=euclidean,overhead=0.05,exploration=0,start=0.2,finish=0.0,half_life=1.5,"
         "confidence=0.5,tolerance=0,dwell=.1,monotone=TRUE,minimum=3,maximum=9,sub_batch=16,frozen=true"
     )
     rule = AdaptiveRule.parse(text)
     assert rule == AdaptiveRule(
-        "ca-mse", "euclidean", 0.05, 0.0, 0.2, 0.0, 1.5, 2.0, 0.5, 0.0, 0.1, True, 3, 9, 16, True
+        "ca-mse", "euclidean", 0.05, 0.0, 0.2, 0.0, 1.5, 0.5, 0.0, 0.1, True, 3, 9, 16, True
     )  # fmt: skip
     assert len(text.split(",")) == len(dataclasses.fields(AdaptiveRule))
     for field in dataclasses.fields(AdaptiveRule):
@@ -36,7 +36,7 @@ shares = st.floats(0, 0.4)
 
 @given(
     overhead=shares, exploration=shares, start=shares, finish=shares, half_life=st.floats(1e-3, 10),
-    surprise=st.floats(0, 1e6), confidence=st.floats(0, 1e6), tolerance=st.floats(0, 9), dwell=shares,
+    confidence=st.floats(0, 1e6), tolerance=st.floats(0, 9), dwell=shares,
     monotone=st.booleans(), minimum=st.integers(3, 8), maximum=st.integers(8, 99), sub_batch=st.integers(0, 512),
     frozen=st.booleans(), criterion=st.sampled_from(["descent", "ca-mse", "descent-batch"]),
     metric=st.sampled_from(["optimizer", "euclidean"]),
@@ -78,7 +78,6 @@ def test_bad_texts_name_the_setting(text: str, message: str) -> None:
         ({"start": float("inf")}, "start=inf"),
         ({"confidence": -1.0}, "confidence=-1.0 must be a number of at least 0"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
-        ({"surprise": float("inf")}, "surprise=inf"),
         ({"half_life": 0.0}, "half_life=0.0 must be a positive share"),
         ({"start": 0.6, "finish": 0.5}, "start=0.6 and finish=0.5 leave nothing of the budget between them"),
         ({"sub_batch": -1}, "sub_batch=-1"),

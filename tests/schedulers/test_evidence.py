@@ -112,31 +112,72 @@ def test_draws_scatter_as_the_influences_say(name: str, monkeypatch: pytest.Monk
     np.testing.assert_allclose(drawn_BC.mean(0), filled(reading(name)).pooled(0.6).worth_C, atol=0.05)
 
 
-def test_inner_products_are_shrunk_towards_the_reference_as_far_as_pairing_leaves_doubt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """<E g, G> = |G|^2 + <E g - G, G>; the second times tau^2 / (tau^2 + se^2), by an explicit sum."""
-    monkeypatch.setattr(schedulers.evidence, "DRAWS", 40_000)
+def test_alignments_are_the_posterior_of_a_process_over_strategies_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In information form, entry by entry: precision = prior^-1 + noise^-1 over all strategies of all probes."""
+    monkeypatch.setattr(schedulers.evidence, "DRAWS", 20_000)
     at_inner, at_ref = MOMENTS.index("inner"), MOMENTS.index("norm_sq_ref")
-    rows = weights(0.6)
-    totals = {s: sum(decay * n for decay, n, _, _ in kept) for s, kept in rows.items()}
-
-    def mean_of(s: Strategy, at: int) -> float:
-        return sum(d * n * f.moments[row, at] / scale_of(f) for d, n, f, row in rows[s]) / totals[s]
-
-    common = mean_of(WHOLE, at_ref)
+    log = {QUARTER: math.log(4), HALF: math.log(2)}
+    placed = [(at, s) for at in (0.1, 0.2, 0.45, 0.6) for s in (QUARTER, HALF)]
+    prior = np.array(
+        [
+            [2 ** (-abs(f - g) / HALF_LIFE) * 0.15**2 * (log[s] * log[t] + (s == t)) for g, t in placed]
+            for f, s in placed
+        ]
+    )
+    precision, weighted = np.linalg.inv(prior), np.linalg.inv(prior) @ [-0.25 * log[s] for _, s in placed]
+    above = below = square = 0.0
+    for at, found in some_measurements():
+        count = found.influence.shape[-1]
+        decays = [(0.5 ** ((at - other) / HALF_LIFE), m) for other, m in some_measurements() if other <= at]
+        parts = [(w * m.influence.shape[-1], m, m.strategies.index(WHOLE), scale_of(m)) for w, m in decays]
+        below = sum(w for w, *_ in parts)
+        above = sum(w * m.moments[row, at_ref] / scale for w, m, row, scale in parts)
+        square = sum(w**2 * float(m.influence[row, at_ref] @ m.influence[row, at_ref]) / scale**2
+                     for w, m, row, scale in parts)  # fmt: skip
+        common = max(above / below, math.sqrt(square) / below) * scale_of(found)
+        rows = [found.strategies.index(s) for s in (QUARTER, HALF) if s in found.strategies]
+        apart = (found.moments[rows, at_inner] - found.moments[rows, at_ref]) / common
+        moves = (found.influence[rows, at_inner] - found.influence[rows, at_ref]) / common
+        assert moves.shape == (len(rows), count)
+        at_rows = [placed.index((at, found.strategies[row])) for row in rows]
+        inverse = np.linalg.inv(moves @ moves.T)
+        precision[np.ix_(at_rows, at_rows)] += inverse
+        weighted[at_rows] += inverse @ apart
+    covariance = np.linalg.inv(precision)
+    mean, spread = (covariance @ weighted)[-2:], covariance[-2:, -2:]
     pooled = filled(reading("inner")).pooled(0.6)
-    for c, s in enumerate(KEEP.strategies()):
-        square = 0.0
-        for decay, n, found, row in rows[s]:
-            for m in range(found.influence.shape[-1]):
-                move = found.influence[row, at_inner, m] - found.influence[row, at_ref, m]
-                square += (decay * n / totals[s] * move / scale_of(found)) ** 2
-        known = (common / 2) ** 2 / ((common / 2) ** 2 + square)
-        expected = common + known * (mean_of(s, at_inner) - mean_of(s, at_ref))
-        assert 0.5 < known <= 1 and pooled.worth_C[c] == pytest.approx(expected, rel=2e-3), s
-        assert pooled.draws_BC[:, c].std() == pytest.approx(known * math.sqrt(square), rel=0.03, abs=1e-12), s
-    assert pooled.worth_C[2] == pytest.approx(common)
+    known = pooled.worth_C[2]
+    np.testing.assert_allclose(pooled.worth_C[:2] / known, 1 + mean, rtol=1e-6)
+    drawn = pooled.draws_BC[:, :2] / known
+    np.testing.assert_allclose(drawn.mean(0), 1 + mean, atol=0.01)
+    scatter = np.sqrt(np.outer(np.diag(spread), np.diag(spread)))
+    np.testing.assert_array_less(np.abs(np.cov(drawn.T) - spread), 0.05 * scatter)
+    assert (pooled.draws_BC[:, 2] == known).all()
+
+
+def test_the_more_compressed_a_strategy_the_less_it_is_trusted_before_it_is_measured_well() -> None:
+    """Of pure noise nothing is learnt: what stays is the prior, 1 - log(k) / 4."""
+    psi = np.random.default_rng(1).normal(size=(3, 5, 8)) * 100
+    moments = np.tile([0.5, 8.0, 1.0, 1.0, 1.0], (3, 1))
+    evidence = evidence_of(reading("inner"))
+    evidence.add(0.2, Measurement((QUARTER, HALF, WHOLE), moments, psi))
+    worth_C = evidence.pooled(0.2).worth_C
+    np.testing.assert_allclose(worth_C / worth_C[2], [1 - math.log(4) / 4, 1 - math.log(2) / 4, 1], atol=0.01)
+
+
+def test_one_strategy_tells_about_another() -> None:
+    """A badly aligned half makes the quarter less trusted, although the quarter was not measured any better."""
+    moments = np.tile([0.5, 8.0, 1.0, 1.0, 1.0], (3, 1))
+    found = []
+    for inner in (1.0, 0.5):
+        psi = np.zeros((3, 5, 8))
+        psi[0, MOMENTS.index("inner")] = 5 * np.random.default_rng(1).normal(size=8)
+        moments[1, MOMENTS.index("inner")] = inner
+        evidence = evidence_of(reading("inner"))
+        evidence.add(0.2, Measurement((QUARTER, HALF, WHOLE), moments, psi))
+        found.append(evidence.pooled(0.2).worth_C)
+    (first, second, _), (lower, least, _) = found
+    assert least == pytest.approx(second / 2) and lower < 0.8 * first
 
 
 def test_what_common_images_err_by_cancels_in_differences() -> None:
@@ -200,23 +241,13 @@ def test_a_state_survives_json_bit_for_bit(seed: int) -> None:
     other = evidence_of()
     other.probes = other.read(state)
     assert other.state() == evidence.state()
-    for last in (None, 1, 2):
-        before, after = evidence.pooled(0.7, last=last), other.pooled(0.7, last=last)
-        for name in ("worth_C", "draws_BC", "effective_C"):
-            np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+    before, after = evidence.pooled(0.7), other.pooled(0.7)
+    for name in ("worth_C", "draws_BC", "effective_C"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
     further = some_measurements(seed + 10)[0][1]
     for each in (evidence, other):
         each.add(0.8, further)
     np.testing.assert_array_equal(evidence.pooled(0.8).draws_BC, other.pooled(0.8).draws_BC)
-
-
-def test_the_last_probes_alone_are_those_of_a_run_that_had_no_others() -> None:
-    alone = evidence_of()
-    alone.add(*some_measurements()[-1])
-    np.testing.assert_allclose(filled().pooled(0.6, last=1).worth_C, alone.pooled(0.6).worth_C, rtol=1e-12)
-    forgetful = filled()
-    forgetful.forget_before_last()
-    np.testing.assert_allclose(forgetful.pooled(0.6).worth_C, alone.pooled(0.6).worth_C, rtol=1e-12)
 
 
 def test_probes_of_long_ago_are_dropped() -> None:

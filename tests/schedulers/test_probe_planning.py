@@ -84,11 +84,11 @@ def test_a_plan_is_within_its_bounds(
 def test_a_larger_cap_measures_longer_and_all_of_them() -> None:
     candidates = SQUARE.strategies()
     full = planner_of().units(candidates, 1)
-    caps = [8 * full, 24 * full, 120 * full, 1200 * full, PLENTY]
+    caps = [8 * full, 24 * full, 120 * full, 240 * full, 1200 * full, PLENTY]
     plans = [planner_of().plan(candidates, None, cap, 0.0) for cap in caps]
     assert all(p is not None for p in plans)
-    assert [len(p.strategies) for p in plans if p][2:] == [9, 9, 9]
-    assert [p.sub_batches for p in plans if p] == [4, 4, 10, 32, 32]
+    assert [len(p.strategies) for p in plans if p][1:] == [9, 9, 9, 9, 9]
+    assert [p.sub_batches for p in plans if p] == [4, 8, 12, 20, 32, 32]
 
 
 def test_what_runs_now_and_its_neighbours_come_first() -> None:

@@ -39,8 +39,9 @@ demo: $(VENV)/.installed
 	$(BIN)/gradscope demo $(ARGS)
 	@echo "to go on by hand: source $(BIN)/activate"
 
+# tests keep to one thread each, so several run side by side
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -186,7 +186,9 @@ class AdaptivePolicy:
             return self._verdict(pooled, best, None, None, False)
         gain, error, least = self._advantage(pooled, best)
         # where nothing is known of what runs any more (it fails, and what was known is long ago), it is left
-        sure = math.isnan(gain) or gain - least > self.rule.confidence * error
+        # the first choice needs no certainty: going on with the mixture costs more than a choice between good ones
+        doubt = 0.0 if self.incumbent is None else self.rule.confidence * error
+        sure = math.isnan(gain) or gain - least > doubt
         changes = [d.fraction for d in self._decisions if d.why in ("first", "switch")]
         rested = not changes or fraction - changes[-1] >= self.rule.dwell
         switched = sure and rested

@@ -25,7 +25,8 @@ class AdaptiveRule:
       on the reference; 0: none.
     - `half_life`: after which a measurement weighs half.
     - `confidence`: standard errors by which an advantage must exceed `tolerance`, a share of the present score, to be
-      worth a switch; `dwell`: least distance between two switches; `monotone`: never to a cheaper strategy.
+      worth a switch (the first choice needs only the latter); `dwell`: least distance between two switches;
+      `monotone`: never to a cheaper strategy.
     - `minimum` and `maximum`: sub-batches of a probe; `sub_batch`: samples of one, 0: those of an optimizer step.
     - `frozen`: measure, but never decide: the candidates stay mixed throughout.
 
@@ -39,7 +40,7 @@ class AdaptiveRule:
     start: float = 0.05
     finish: float = 0.1
     half_life: float = 0.1
-    confidence: float = 0.5
+    confidence: float = 1.0
     tolerance: float = 0.02
     dwell: float = 0.05
     monotone: bool = False

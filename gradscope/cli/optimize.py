@@ -192,11 +192,14 @@ class Wish:
 def more_samples(cube: xr.Dataset, path: Path, plan: Schedule, profile: Profile) -> list[Wish]:
     """The `gradscope profile` commands that measure the cells which leave stages open, into `path`; [] when none do.
 
-    One command for all checkpoints at which the same strategies get the same number of samples.
+    One command for all checkpoints at which the same strategies get the same number of samples. [] for a cube that an
+    online run measured on its way: there are no checkpoints to go back to.
     """
     from gradscope.cube import grid_of
     from schedulers import Strategy
 
+    if cube.attrs.get("source") == "gradscope online":
+        return []
     grid, wanted = grid_of(cube), dict[int, dict[str, int]]()
     for wish in plan.predicted.get("more_samples", []):
         strategy, t = Strategy(wish["strategy"]), int(wish["checkpoint"])
@@ -390,6 +393,11 @@ def _doubt_lines(plan: Schedule, profile: Profile, wishes: Sequence[Wish]) -> li
     lines.append(
         f"a schedule from perfect measurements is expected to be {regret:.1%} better ({what}, same constraints)"
     )
+    if plan.predicted.get("more_samples") and not wishes:
+        lines.append(
+            "the cube is of an online run, whose probes cannot be repeated: to know better, profile the checkpoints of "
+            "that run (gradscope profile CKPT_DIR) or give the next one a larger overhead"
+        )
     worth = regret * (plan.budget or 0.0)
     paying = [wish for wish in wishes if wish.units <= worth]
     if paying:

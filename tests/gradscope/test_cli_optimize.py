@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import gradscope.config
 from gradscope.cli.app import app
-from gradscope.cli.optimize import more_samples
+from gradscope.cli.optimize import _doubt_lines, more_samples
 from gradscope.cube import open_cube, profile_of, save_cube
 from gradscope.data import ImageData
 from gradscope.merge import merge_cubes
@@ -145,6 +145,19 @@ def test_the_folder_is_found_beside_the_cube(run: Run, cube: Path, monkeypatch: 
     words = shlex.split(wishes[0].command)
     assert words[2] == "../ckpt_dir" and words[words.index("--out") + 1] == "../cube.nc"
     assert run(*words[1:], "--dry-run", "--json")[0] == 0
+
+
+def test_an_online_run_has_no_checkpoints_to_go_back_to(run: Run, cube: Path) -> None:
+    plan, tree = load_schedule_with_wishes(run), open_cube(cube)
+    plan = dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, probability=0.5) for s in plan.stages))
+    online = tree.dataset.assign_attrs(source="gradscope online")
+    profile = profile_of(online)
+    assert more_samples(online, cube, plan, profile) == []
+    said = "probes cannot be repeated"
+    assert any(said in line for line in _doubt_lines(plan, profile, []))
+    assert not any(
+        said in line for line in _doubt_lines(plan, profile, more_samples(tree.dataset, cube, plan, profile))
+    )
 
 
 def test_a_target_on_the_command_line_wins_over_a_budget_in_the_environment(

@@ -285,6 +285,16 @@ def test_an_advantage_within_its_error_is_no_reason_to_switch(confidence: float)
         assert verdict.switched == bool(switches) and policy.switches == switches
 
 
+def test_the_first_choice_needs_no_certainty() -> None:
+    """Of three that look alike the best is taken, beyond the tolerance, whatever its error."""
+    for tolerance, chosen in ((0.0, mode(1)), (0.5, None)):
+        policy = costing_the_same(3, confidence=100.0, tolerance=tolerance)
+        probe = exact_probe({mode(0): 0.5, mode(1): 0.55, mode(2): 0.45}, noise=0.5)
+        verdict = policy.tell(0, 0.0, 0.0, probe)
+        assert verdict.advantage is not None and verdict.standard_error is not None
+        assert 0 < verdict.advantage < verdict.standard_error and policy.incumbent == chosen
+
+
 def test_an_advantage_below_the_tolerance_is_not_worth_a_switch() -> None:
     for ahead, switched in ((1.08, False), (1.12, True)):
         policy = costing_the_same(2, tolerance=0.1)
@@ -315,13 +325,15 @@ def test_no_change_is_made_on_an_advantage_within_its_error(confidence: float) -
     """What the user is told and what is done agree, also where few sub-batches make scores skewed."""
     changes = 0
     for seed in range(14):
-        means = aligned_means(KEEP, {"keep=0.25": 0.2, "keep=0.5": 0.97}, length=1.5)
-        policy = new_policy(budget=9000, seed=seed, minimum=3, maximum=6, overhead=0.1, confidence=confidence)
-        run = Run(policy, steady_world(policy, means, seed=seed)).all()
-        for verdict in run.verdicts:
-            if verdict.switched:
-                changes += 1
-                assert verdict.advantage > confidence * verdict.standard_error, verdict
+        good = aligned_means(KEEP, {"keep=0.25": 0.2, "keep=0.5": 0.97}, length=1.5)
+        bad = aligned_means(KEEP, {"keep=0.25": 0.9, "keep=0.5": 0.1}, length=1.5)
+        policy = new_policy(budget=9000, seed=seed, minimum=3, maximum=6, overhead=0.2, confidence=confidence)
+        worlds = [steady_world(policy, means, seed=seed) for means in (good, bad)]
+        run = Run(policy, lambda step, at, plan, w=worlds: w[at > 0.4](step, at, plan)).all()  # type: ignore[misc]
+        later = [verdict for verdict in run.verdicts if verdict.switched][1:]  # than the first choice
+        for verdict in later:
+            changes += 1
+            assert verdict.advantage > confidence * verdict.standard_error, verdict
     assert changes > 5
 
 

@@ -120,7 +120,7 @@ def test_alignments_are_the_posterior_of_a_process_over_strategies_and_budget(mo
     placed = [(at, s) for at in (0.1, 0.2, 0.45, 0.6) for s in (QUARTER, HALF)]
     prior = np.array(
         [
-            [2 ** (-abs(f - g) / HALF_LIFE) * 0.15**2 * (log[s] * log[t] + (s == t)) for g, t in placed]
+            [2 ** (-abs(f - g) / HALF_LIFE) * (0.15**2 * log[s] * log[t] + 0.1**2 * (s == t)) for g, t in placed]
             for f, s in placed
         ]
     )

@@ -66,21 +66,26 @@ def test_every_probe_is_a_point_of_progress(finished: tuple[Loop, Path]) -> None
 
 
 def test_its_moments_are_those_that_the_policy_scored(finished: tuple[Loop, Path]) -> None:
-    """At the first probe nothing is pooled yet; inner products are shrunk as `schedulers.evidence` says."""
+    """At the first probe nothing is pooled yet; the alignments are the posterior that `schedulers.evidence` tells of."""
     loop, path = finished
     record, cube = loop.controller.probes[0], opened(path).isel(progress=0).sel(metric="optimizer")
     profile = profile_of(opened(path), metric="optimizer")
     score_C = profile.scores("descent", profile.progress[:1])[0][0]
-    for score, strategy in zip(score_C, profile.grid.strategies(), strict=True):
-        cell = cube.sel(keep=strategy.number("keep"))
-        covariance = cell["moment_cov"].values[3:, 3:]  # of inner and norm_sq_ref
-        square = float(covariance[0, 0] - 2 * covariance[0, 1] + covariance[1, 1])
-        whole = float(cell["norm_sq_ref"])
-        assert whole > float(cell["norm_sq_ref_se"])
-        known = (whole / 2) ** 2 / ((whole / 2) ** 2 + square)
-        shrunk = whole + known * (float(cell["inner"]) - whole)
-        expected = score * shrunk * abs(shrunk) / float(cell["inner"] * abs(cell["inner"]))
-        assert record.scores[str(strategy)] == pytest.approx(expected, rel=0.15)
+    whole = float(cube["norm_sq_ref"].sel(keep=1))
+    assert whole > float(cube["norm_sq_ref_se"].sel(keep=1))
+    keep = [0.25, 0.5]
+    cells = cube.sel(keep=keep)
+    inner, square = cells["inner"].values, cells["norm_sq_ref"].values
+    psi = cells["influence"].transpose("moment", "keep", "replicate").values
+    moves = (psi[3] - psi[4]) / whole  # of inner, norm_sq_ref
+    log = np.log([loop.controller.policy.costs[WHOLE] / loop.controller.policy.costs[s] for s in (QUARTER, HALF)])
+    prior = 0.15**2 * np.outer(log, log) + 0.1**2 * np.eye(2)
+    apart = (inner - square) / whole
+    posterior = -0.25 * log + prior @ np.linalg.inv(prior + moves @ moves.T) @ (apart + 0.25 * log)
+    for row, strategy in enumerate((QUARTER, HALF)):
+        aligned = whole * (1 + posterior[row])
+        expected = score_C[row] * aligned * abs(aligned) / (inner[row] * abs(inner[row]))
+        assert record.scores[str(strategy)] == pytest.approx(expected, rel=1e-3)
     assert record.scores[str(WHOLE)] == pytest.approx(score_C[2], rel=1e-6)
 
 

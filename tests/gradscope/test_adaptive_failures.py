@@ -171,7 +171,7 @@ def test_a_strategy_that_failed_once_comes_back() -> None:
 
 
 def test_what_runs_stays_when_its_probes_fail() -> None:
-    loop = new_loop({**PROBES, "confidence": 0.0}).until(1)
+    loop = new_loop({**PROBES, "confidence": 100.0}).until(1)
     now = loop.controller.policy.incumbent
     assert now is not None and now != WHOLE
     loop.spy.trouble = failing(now, RuntimeError("out of memory"))

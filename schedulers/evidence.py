@@ -14,7 +14,7 @@ strategies of a sub-batch, so what common images err by together cancels in diff
 <E g, G> and |G|^2 err together, and where both are close to zero their ratio says nothing. Therefore
 <E g, G> = |G|^2 (1 + a_c), a_c = <E g - G, G> / |G|^2, whose numerator is measured far better than <E g, G>, with
 |G|^2 at least its standard error. Of a_c(f) at the fraction f of the budget a Gaussian process is assumed before
-anything is measured: with k_c = C_ref / C_c the compression and x_c = log k_c,
+anything is measured: with k_c = C_ref / C_c the compression and x_c = max(log k_c, 0),
 
     a_c(f) = -s(f) x_c + r_c(f),    s ~ N(SLOPE, SLOPE_SPREAD^2),    r_c ~ N(0, OWN_SPREAD^2),
 
@@ -41,6 +41,7 @@ FORGOTTEN = 0.01  # relative weight below which a probe is dropped
 SLOPE = 0.25  # by which <E g, G> / |G|^2 falls with the logarithm of the compression, before anything is measured
 SLOPE_SPREAD = 0.15  # standard deviation of that
 OWN_SPREAD = 0.1  # of a strategy's own deviation from that line
+NUGGET = 1e-12  # variance that every alignment has besides, so that equal data can be solved for
 INNER = MOMENTS.index("inner")
 REFERENCE = MOMENTS.index("norm_sq_ref")
 VARIANCE = MOMENTS.index("variance")
@@ -180,7 +181,7 @@ class Evidence:
         Draws by Matheron's rule: what was drawn of the process, corrected by the residual of data with drawn errors,
         which keeps what the alignments' errors have in common with those of the other moments.
         """
-        log_C = np.log(self.cost_C[self.reference] / self.cost_C)
+        log_C = np.log(np.maximum(self.cost_C[self.reference] / self.cost_C, 1.0))
         own_C = np.full(len(log_C), OWN_SPREAD)
         own_C[self.reference] = 0.0
         cov_CC = SLOPE_SPREAD**2 * np.outer(log_C, log_C) + np.diag(own_C**2)
@@ -204,7 +205,8 @@ class Evidence:
         root_NN = np.kron(_root(like_FF), _root(cov_CC))
         process_BN = np.random.default_rng(1).standard_normal((DRAWS, len(prior_NN))) @ root_NN.T
         prior_N = np.tile(mean_C, len(at_F))
-        gain_CN = np.linalg.lstsq((prior_NN + noise_NN)[np.ix_(seen, seen)], prior_NN[seen, now], rcond=None)[0].T
+        data_NN = (prior_NN + noise_NN)[np.ix_(seen, seen)] + NUGGET * np.eye(len(seen))
+        gain_CN = np.linalg.solve(data_NN, prior_NN[seen, now]).T
         aside_C = mean_C + gain_CN @ (found_N - prior_N)[seen]
         aside_BC = aside_C + process_BN[:, now] - (process_BN + drawn_BN)[:, seen] @ gain_CN.T
         return aside_C, aside_BC

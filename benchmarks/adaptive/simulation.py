@@ -75,8 +75,8 @@ class Scenario:
     `drift`: "slow" (smooth over the whole run), "sudden" (one or two jumps), "steady" (none). `noise` multiplies the
     noise of the reference's gradient over |G|^2, which goes from 0.4 ... 1.5 to 3 ... 12 times that. `spectrum` is the
     power by which the noise's eigenvalues fall: about 14 effective dimensions with 1, 5 with 1.5. `likeness` is the
-    correlation of the cheapest strategy's noise with the reference's on the same samples. `bias` and `length` bound A / noise
-    and l of the cheapest strategy at the beginning and at the end. `budget` in units.
+    correlation of the cheapest strategy's noise with the reference's on the same samples. `bias` and `length` bound A
+    over noise, and l of the cheapest strategy, at the beginning and at the end. `budget` in units.
 
     "measured" has the noise and the alignment that profiles of mixed runs of MoCo-v3 on Fashion-MNIST found in the
     optimizer's metric (`benchmarks.adaptive.training`): noise 2 to 4 times |G|^2 at the start, up to 100 times at the
@@ -100,9 +100,7 @@ SCENARIOS = {
         Scenario("sudden", "sudden"),
         Scenario("steady", "steady"),
         Scenario("noisy", "slow", noise=15.0, spectrum=1.5, likeness=0.1),
-        Scenario(
-            "measured", "slow", noise=6.0, spectrum=1.5, bias=((0.002, 0.01),) * 2, length=((-0.9, -0.6),) * 2
-        ),
+        Scenario("measured", "slow", noise=6.0, spectrum=1.5, bias=((0.002, 0.01),) * 2, length=((-0.9, -0.6),) * 2),
         Scenario("short", "slow", budget=2e5),
     )
 }

@@ -51,7 +51,7 @@ HEADS = ("--set", "head_hidden=512", "--set", "head_width=128")
 RUNS: dict[str, tuple[str, ...]] = {
     "mocov3": ("--budget", "8M", *MODEL, *HEADS, "--lr", "4e-3", "--set", "weight_decay=0.02"),
     "simclr": (
-        "--budget", "8M", *MODEL, *HEADS, "--lr", "4e-3", "--set", "weight_decay=0.02", "--set", "temperature=0.2",
+        "--budget", "12M", *MODEL, *HEADS, "--lr", "4e-3", "--set", "weight_decay=0.02", "--set", "temperature=0.2",
     ),
     "dino": (
         "--budget", "8M", *MODEL, "--lr", "4e-3", "--set", "head_hidden=256", "--set", "head_width=64",

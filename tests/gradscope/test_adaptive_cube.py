@@ -66,7 +66,7 @@ def test_every_probe_is_a_point_of_progress(finished: tuple[Loop, Path]) -> None
 
 
 def test_its_moments_are_those_that_the_policy_scored(finished: tuple[Loop, Path]) -> None:
-    """At the first probe nothing is pooled yet; the alignments are the posterior that `schedulers.evidence` tells of."""
+    """At the first probe nothing is pooled yet; alignments are the posterior that `schedulers.evidence` tells of."""
     loop, path = finished
     record, cube = loop.controller.probes[0], opened(path).isel(progress=0).sel(metric="optimizer")
     profile = profile_of(opened(path), metric="optimizer")

@@ -123,7 +123,8 @@ class CheckpointMeasurement:
                     batch = next(batches, None)
                     if batch is None:
                         raise TaskError(
-                            f"batches(size={size}) ended before {look} sub-batches; lower --samples or make it endless"
+                            f"batches(size={size}) ended before {look} sub-batches; ask for fewer samples or make it "
+                            "endless"
                         )
                     broken = self._sub_batch(m, batch, engine, streams, active)
                 except Exception as error:

@@ -2,9 +2,9 @@
 
 It is pure: everything that it answers follows from its settings and from what it was told, in which order. A run
 begins with all candidates mixed, as a mixed pilot does (design §4), so that measurements are fair; when all have been
-measured it chooses one strategy, as soon as its advantage over the mixture exceeds its uncertainty, and goes to
-another when that one's advantage does. A share of the steps explores all candidates throughout. The last part of the
-budget runs on the reference.
+measured it chooses one strategy, as soon as its advantage over the mixture exceeds a tolerance, and goes to another
+when that one's advantage exceeds its uncertainty, too. A share of the steps explores all candidates throughout. The
+last part of the budget runs on the reference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from schedulers.probe_planning import LEAST_PROBES, ProbePlanner
 from schedulers.schedule import Schedule, Stage
 from schedulers.strategy import Grid, Strategy
 
-VERSION = 1
+VERSION = 2
+ALIKE = 0.05  # share of the best score within which the first choice is the cheapest strategy
 
 
 class OtherRunError(UsageError):
@@ -148,9 +149,8 @@ class AdaptivePolicy:
         if self.probes and self.probe_units + self._in_vain > due:
             return None
         plan = self.planner.plan(self.candidates, self.incumbent, cap, set_up)
-        if plan is None or self.probe_units + plan.units > cap or spent + plan.units > self.budget:
-            return None
-        return plan
+        left = min(cap - self.probe_units, self.budget - spent)
+        return plan if plan is None or plan.units <= left else self.planner.shorter(plan, left, set_up)
 
     def tell(
         self,
@@ -244,8 +244,16 @@ class AdaptivePolicy:
             self._decisions.append(Decision(step + 1, spent / self.budget, now.strategy, kept, now.exploration, why))
 
     def _best(self, pooled: Pooled, among: Sequence[Strategy]) -> Strategy | None:
+        """The best; as the first choice the cheapest of those about as good, which sees more samples for its units."""
         known = [s for s in among if np.isfinite(pooled.worth_C[self.strategies.index(s)])]
-        return max(known, key=lambda s: pooled.worth_C[self.strategies.index(s)], default=None)
+        if not known:
+            return None
+        best = max((self.strategies.index(s) for s in known), key=pooled.worth_C.__getitem__)
+        if self.incumbent is not None:
+            return self.strategies[best]
+        least = pooled.worth_C[best] - ALIKE * abs(pooled.worth_C[best])
+        good = [s for s in known if pooled.worth_C[self.strategies.index(s)] >= least]
+        return min(good, key=lambda s: (self.costs[s], -pooled.worth_C[self.strategies.index(s)]))
 
     def _allowed(self, strategy: Strategy) -> bool:
         now = self.incumbent
@@ -335,9 +343,11 @@ class AdaptivePolicy:
         damaged.
         """
         try:
-            if int(state["version"]) > VERSION:
+            if int(state["version"]) != VERSION:
+                how = "newer" if int(state["version"]) > VERSION else "older"
                 raise GradscopeError(
-                    f"the state is of version {state['version']}, newer than {VERSION}; upgrade gradscope"
+                    f"the state is of version {state['version']}, {how} than {VERSION}: go on with the gradscope that "
+                    "wrote it"
                 )
             self._check_settings(json.loads(state["settings"]), strict)
             decisions = [
@@ -372,6 +382,6 @@ class AdaptivePolicy:
         fatal = [name for name in changed if strict or name in ("axes", "reference")]
         if fatal:
             raise OtherRunError(
-                f"the state is of another run: its {', '.join(fatal)} differ; use the settings of that run"
+                f"the state is of another run: other {', '.join(fatal)}; use the settings of that run"
                 + ("" if "axes" in fatal or "reference" in fatal else ", or strict=False to go on with these")
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,12 @@ class AdaptiveRule:
 
     def __post_init__(self) -> None:
         get_criterion(self.criterion)
+        for field_ in dataclasses.fields(self):
+            value, kind = getattr(self, field_.name), type(field_.default)
+            number = numbers.Integral if kind is int else numbers.Real
+            if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, number)):
+                what = "a whole number" if kind is int else "a number"
+                raise UsageError(f"{field_.name}={value!r} is not {what}")
         if self.metric not in METRICS:
             raise UsageError(f"metric={self.metric!r}: use one of {', '.join(METRICS)}")
         for name in ("overhead", "exploration", "start", "finish", "dwell"):
@@ -78,6 +85,8 @@ class AdaptiveRule:
         values: dict[str, Any] = {}
         for piece in filter(None, (piece.strip() for piece in text.split(","))):
             name, equals, value = (part.strip() for part in piece.partition("="))
+            if not equals and name in types:
+                raise UsageError(f"online: {name} needs a value, as in {name}={getattr(cls, name)!r}")
             if not equals or name not in types:
                 raise UsageError(f"online: {piece!r} is not one of its settings, {', '.join(types)}, as name=value")
             if name in values:

@@ -12,14 +12,10 @@ well and takes out that gradients shrink over training. The effective number of 
 strategies of a sub-batch, so what common images err by together cancels in differences.
 
 <E g, G> and |G|^2 err together, and where both are close to zero their ratio says nothing. Therefore
-<E g, G> = |G|^2 (1 + a_c), a_c = <E g - G, G> / |G|^2, whose numerator is measured far better than <E g, G>, with
-|G|^2 at least its standard error. Of a_c(f) at the fraction f of the budget a Gaussian process is assumed before
-anything is measured: with k_c = C_ref / C_c the compression and x_c = max(log k_c, 0),
-
-    a_c(f) = -s(f) x_c + r_c(f),    s ~ N(SLOPE, SLOPE_SPREAD^2),    r_c ~ N(0, OWN_SPREAD^2),
-
-s and r_c independent, correlated over the budget by 2^(-|f - f'| / half_life). The posterior mean and draws given all
-probes stand for a_c: strategies tell about each other, and a noisy probe weighs little.
+<E g, G> = |G|^2 (1 + a_c), a_c = <E g - G, G> / |G|^2, whose numerator is measured far better than <E g, G>; of a_c the
+posterior given all probes is used (`schedulers.alignment`). |G|^2 is followed from probe to probe: an estimate of a
+time h ago is uncertain by 2^(h / half_life) - 1 times itself besides its error, and what is lost in noise is taken as
+its error.
 
 Shapes: C strategies of the grid, P probes, M sub-batches of a probe, B draws, E = 5 moments in the order of MOMENTS.
 """
@@ -32,16 +28,14 @@ from typing import Any
 
 import numpy as np
 
+from schedulers.alignment import Sighting, expected, posterior
 from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments
 from schedulers.errors import UsageError
 from schedulers.strategy import Strategy
 
 DRAWS = 256
 FORGOTTEN = 0.01  # relative weight below which a probe is dropped
-SLOPE = 0.25  # by which <E g, G> / |G|^2 falls with the logarithm of the compression, before anything is measured
-SLOPE_SPREAD = 0.15  # standard deviation of that
-OWN_SPREAD = 0.1  # of a strategy's own deviation from that line
-NUGGET = 1e-12  # variance that every alignment has besides, so that equal data can be solved for
+MOST = 2000  # strategies times probes that are kept
 INNER = MOMENTS.index("inner")
 REFERENCE = MOMENTS.index("norm_sq_ref")
 VARIANCE = MOMENTS.index("variance")
@@ -129,7 +123,8 @@ class Evidence:
         at = names.index(self.strategies[self.reference])
         scale = found.moments[at, REFERENCE] + found.moments[at, VARIANCE] / self.batch_size
         self.probes.append(self._placed(fraction, found, float(scale) if scale > 0 else 1.0))
-        self.probes = [p for p in self.probes if self._decay(p, fraction) >= FORGOTTEN]
+        kept = [p for p in self.probes if self._decay(p, fraction) >= FORGOTTEN]
+        self.probes = kept[-max(3, MOST // len(self.strategies)) :]
 
     def pooled(self, fraction: float) -> Pooled:
         """What is known at `fraction`."""
@@ -155,69 +150,63 @@ class Evidence:
             [self._decay(p, fraction) ** 2 * p.sub_batches_C for p in probes]
         ).reshape(-1, count).sum(0)  # fmt: skip
         effective_C = total_C**2 / np.where(squares_C > 0, squares_C, 1.0)
-        aside_C, aside_BC = self._aside(fraction, probes, [e[..., INNER] - e[..., REFERENCE] for e in errors_PBCE])
-        return Pooled(*self._worth(moments_CE, errors_BCE, aside_C, aside_BC), effective_C)
+        followed = self._followed(probes)
+        sightings = [self._sighting(p, e, *at) for p, e, at in zip(probes, errors_PBCE, followed, strict=True)]
+        aside = posterior(fraction, sightings, self.cost_C, self.reference, self.half_life, DRAWS)
+        common = followed[-1][0] if followed else np.nan
+        return Pooled(*self._worth(moments_CE, errors_BCE, common, *aside), effective_C)
 
     def _worth(
-        self, moments_CE: FloatArray, errors_BCE: FloatArray, aside_C: FloatArray, aside_BC: FloatArray
+        self,
+        moments_CE: FloatArray,
+        errors_BCE: FloatArray,
+        common: float,
+        aside_C: FloatArray,
+        aside_BC: FloatArray,
     ) -> tuple[FloatArray, FloatArray]:
-        common = self._common(moments_CE, float(errors_BCE[:, self.reference, REFERENCE].std()))
+        known_C = np.isfinite(moments_CE[:, INNER])
         moments_CE, draws_BCE = moments_CE.copy(), moments_CE + errors_BCE
-        moments_CE[:, INNER] = np.where(np.isnan(moments_CE[:, INNER]), np.nan, common * (1 + aside_C))
-        draws_BCE[..., INNER] = np.where(np.isnan(moments_CE[:, INNER]), np.nan, common * (1 + aside_BC))
-        moments_CE[:, REFERENCE] = draws_BCE[..., REFERENCE] = common if common > 0 else np.nan
+        for values, aside in ((moments_CE, aside_C), (draws_BCE, aside_BC)):
+            values[..., INNER] = np.where(known_C, common * (1 + aside), np.nan)
+            values[..., REFERENCE] = common if common > 0 else np.nan
         draws_BCE[..., VARIANCE] = np.maximum(draws_BCE[..., VARIANCE], 0.01 * moments_CE[:, VARIANCE])
         return self._score(moments_CE), self._score(draws_BCE)
 
-    def _common(self, moments_CE: FloatArray, error: float) -> float:
-        """|G|^2, one number for all strategies; where it is lost in noise, its error stands in for it."""
-        return max(float(moments_CE[self.reference, REFERENCE]), error)
+    def _sighting(self, probe: _Probe, errors_BCE: FloatArray, common: float, gain: float) -> Sighting:
+        """a_c as a probe found it; `gain`: how far |G|^2, `common`, follows that of the probe."""
+        if common <= 0:
+            common = np.nan
+        follow_C = gain * expected(self.cost_C, self.reference)
 
-    def _aside(
-        self, fraction: float, probes: Sequence[_Probe], errors_PBC: Sequence[FloatArray]
-    ) -> tuple[FloatArray, FloatArray]:
-        """Posterior mean (C,) and draws (B, C) of a_c at `fraction`; `errors_PBC`: draws of the probes' errors.
+        def apart(values: FloatArray) -> FloatArray:
+            """Change of a_c from changes of the moments, (..., C, E)."""
+            whole = values[..., self.reference, REFERENCE, None]
+            return np.asarray((values[..., INNER] - values[..., REFERENCE] - follow_C * whole) / common)
 
-        Draws by Matheron's rule: what was drawn of the process, corrected by the residual of data with drawn errors,
-        which keeps what the alignments' errors have in common with those of the other moments.
-        """
-        log_C = np.log(np.maximum(self.cost_C[self.reference] / self.cost_C, 1.0))
-        own_C = np.full(len(log_C), OWN_SPREAD)
-        own_C[self.reference] = 0.0
-        cov_CC = SLOPE_SPREAD**2 * np.outer(log_C, log_C) + np.diag(own_C**2)
-        mean_C, count = -SLOPE * log_C, len(log_C)
-        at_F = np.array([p.fraction for p in probes] + [fraction])
-        like_FF = 2.0 ** (-np.abs(at_F[:, None] - at_F) / self.half_life)
-        prior_NN = np.kron(like_FF, cov_CC)
-        noise_NN = np.zeros_like(prior_NN)
-        found_N, drawn_BN = np.full(len(prior_NN), np.nan), np.zeros((DRAWS, len(prior_NN)))
-        for number, (probe, errors_BC) in enumerate(zip(probes, errors_PBC, strict=True)):
-            common = self._common_at(probes[: number + 1])
-            rows = slice(number * count, (number + 1) * count)
-            if common > 0:
-                apart_CM = (probe.influence_CEM[:, INNER] - probe.influence_CEM[:, REFERENCE]) / common
-                noise_NN[rows, rows] = apart_CM @ apart_CM.T
-                found_N[rows] = (probe.moments_CE[:, INNER] - probe.moments_CE[:, REFERENCE]) / common
-                drawn_BN[:, rows] = errors_BC / common
-        found_N[self.reference :: count] = np.nan  # 0 by definition
-        seen = np.flatnonzero(np.isfinite(found_N))
-        now = slice(len(prior_NN) - count, None)
-        root_NN = np.kron(_root(like_FF), _root(cov_CC))
-        process_BN = np.random.default_rng(1).standard_normal((DRAWS, len(prior_NN))) @ root_NN.T
-        prior_N = np.tile(mean_C, len(at_F))
-        data_NN = (prior_NN + noise_NN)[np.ix_(seen, seen)] + NUGGET * np.eye(len(seen))
-        gain_CN = np.linalg.solve(data_NN, prior_NN[seen, now]).T
-        aside_C = mean_C + gain_CN @ (found_N - prior_N)[seen]
-        aside_BC = aside_C + process_BN[:, now] - (process_BN + drawn_BN)[:, seen] @ gain_CN.T
-        return aside_C, aside_BC
+        moments_CE = probe.moments_CE
+        return Sighting(
+            probe.fraction,
+            (moments_CE[:, INNER] - moments_CE[:, REFERENCE]) / common,
+            apart(np.moveaxis(probe.influence_CEM, -1, 0)).T,
+            apart(errors_BCE),
+        )
 
-    def _common_at(self, probes: Sequence[_Probe]) -> float:
-        """|G|^2 by these probes, as it was known at the last of them."""
-        weight_P = np.array([self._decay(p, probes[-1].fraction) * p.sub_batches_C[self.reference] for p in probes])
-        share_P = weight_P / weight_P.sum()
-        value = float(share_P @ [p.moments_CE[self.reference, REFERENCE] for p in probes])
-        squares_P = [(p.influence_CEM[self.reference, REFERENCE] ** 2).sum() for p in probes]
-        return max(value, float(np.sqrt(share_P**2 @ squares_P)))
+    def _followed(self, probes: Sequence[_Probe]) -> list[tuple[float, float]]:
+        """|G|^2 as it was known at each probe, and how far it follows that probe's own estimate (0 to 1)."""
+        found: list[tuple[float, float]] = []
+        value = square = before = 0.0
+        for probe in probes:
+            own = float(probe.moments_CE[self.reference, REFERENCE])
+            error = float((probe.influence_CEM[self.reference, REFERENCE] ** 2).sum())
+            gain = 1.0
+            if found:
+                drift = found[-1][0] * (2.0 ** ((probe.fraction - before) / self.half_life) - 1)
+                square += drift**2
+                gain = square / (square + error) if square + error > 0 else 1.0
+            value, square = value + gain * (own - value), (1 - gain) * square if found else error
+            before = probe.fraction
+            found.append((max(value, float(np.sqrt(square))), gain))
+        return found
 
     def _score(self, moments: FloatArray) -> FloatArray:
         reference_cost = float(self.cost_C[self.reference])
@@ -267,9 +256,3 @@ class Evidence:
         moments_CE[rows], influence_CEM[rows] = found.moments / scale, found.influence / scale
         sub_batches_C[rows] = found.sub_batches
         return _Probe(fraction, moments_CE, influence_CEM, sub_batches_C)
-
-
-def _root(matrix_NN: FloatArray) -> FloatArray:
-    """A square root of a covariance that may be singular."""
-    values_N, vectors_NN = np.linalg.eigh(matrix_NN)
-    return np.asarray(vectors_NN * np.sqrt(np.maximum(values_N, 0.0)))

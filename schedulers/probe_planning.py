@@ -76,6 +76,13 @@ class ProbePlanner:
         ordered = tuple(s for s in self.strategies if s in chosen)
         return ProbePlan(ordered, sub_batches, self.units(ordered, sub_batches) + set_up)
 
+    def shorter(self, plan: ProbePlan, units: float, set_up: float) -> ProbePlan | None:
+        """The same probe with as many sub-batches as `units` pay for; None where these are fewer than the minimum."""
+        sub_batches = int(max(units - set_up, 0.0) // self.units(plan.strategies, 1))
+        if sub_batches < self.minimum:
+            return None
+        return ProbePlan(plan.strategies, sub_batches, self.units(plan.strategies, sub_batches) + set_up)
+
     @property
     def last_units(self) -> float:
         """What the plan that was asked for last may cost; 0 where there was none."""

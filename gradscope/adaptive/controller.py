@@ -31,7 +31,7 @@ from gradscope.ranks import Ranks, current_ranks
 from gradscope.task import Task
 from schedulers import AdaptivePolicy, AdaptiveRule, Decision, Schedule, Strategy, Verdict, parse_count
 
-VERSION = 1
+VERSION = 2
 CHOICE = 32  # samples of every strategy that choosing the engine takes, a little more than `engines.choose` does
 SAMPLES = 8  # on which it is tried whether the model takes every strategy
 Report = Callable[[str], None]
@@ -290,11 +290,15 @@ class AdaptiveController:
         """Continue from a state; model and optimizer must be those of the same step.
 
         Raises UsageError for a state of another task, budget, batch, seed or rule (unless not `strict`), GradscopeError
-        for one that is damaged or newer than this version.
+        for one that is damaged or of another version.
         """
         try:
-            if int(state["version"]) > VERSION:
-                raise GradscopeError(f"the controller's state has version {state['version']}; upgrade gradscope")
+            if int(state["version"]) != VERSION:
+                how = "newer" if int(state["version"]) > VERSION else "older"
+                raise GradscopeError(
+                    f"the controller's state is of version {state['version']}, {how} than {VERSION}: go on with the "
+                    "gradscope that wrote it"
+                )
             records = [ProbeRecord(**record) for record in state["probes"]]
             step, samples, engine = int(state["step"]), int(state["samples"]), str(state["engine"])
             spent, seconds = float(state["spent"]), float(state["probe_seconds"])
@@ -370,11 +374,11 @@ class AdaptiveController:
         cap = policy.rule.overhead * self.budget
         if policy.planner.plan(policy.candidates, None, cap - policy.probe_units, 0.0) is None:
             pair = sorted(policy.strategies, key=policy.costs.__getitem__)[0], self.task.grid.reference
-            least = policy.planner.units(pair, policy.rule.minimum)
+            least = policy.planner.units(pair, policy.rule.minimum) + policy.probe_units
             self.report(
-                f"{policy.rule.overhead:.1%} of the budget ({cap:,.0f} units) pays for no probe, which takes "
-                f"{least:,.0f} or more; "
-                "all strategies stay mixed: raise overhead, or take fewer strategies or a smaller sub_batch"
+                f"{policy.rule.overhead:.3g} of the budget ({cap:,.0f} units) pays for no probe, which takes "
+                f"{least:,.0f} or more with what trying the strategies cost: they stay mixed; raise overhead to "
+                f"{_rounded_up(least / self.budget)} or the budget, or take fewer strategies or a smaller sub_batch"
             )
 
     def _leave_out_refused(self) -> None:
@@ -423,3 +427,9 @@ def _told(record: ProbeRecord, policy: AdaptivePolicy) -> str:
     if record.failures:
         text += f"; failed: {', '.join(record.failures)}"
     return head + text
+
+
+def _rounded_up(share: float) -> str:
+    """A share in two digits that is not below it."""
+    digits = 1 - math.floor(math.log10(share))
+    return f"{math.ceil(share * 10**digits) / 10**digits:.{max(digits, 0)}f}"

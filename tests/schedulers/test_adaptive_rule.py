@@ -50,7 +50,7 @@ def test_a_rule_is_read_back_from_its_text(**values: Any) -> None:
     ("text", "message"),
     [
         ("overhed=0.1", "'overhed=0.1' is not one of its settings, criterion, metric, overhead"),
-        ("overhead", "'overhead' is not one of its settings"),
+        ("overhead", "overhead needs a value, as in overhead=0.03"),
         ("=1", "'=1' is not one of its settings"),
         ("overhead=0.1,start=0,overhead=0.2", "overhead is given twice"),
         ("overhead=much", "overhead='much' is not a number"),
@@ -81,6 +81,9 @@ def test_bad_texts_name_the_setting(text: str, message: str) -> None:
         ({"half_life": 0.0}, "half_life=0.0 must be a positive share"),
         ({"start": 0.6, "finish": 0.5}, "start=0.6 and finish=0.5 leave nothing of the budget between them"),
         ({"sub_batch": -1}, "sub_batch=-1"),
+        ({"overhead": "0.1"}, "overhead='0.1' is not a number"),
+        ({"minimum": 4.5}, "minimum=4.5 is not a whole number"),
+        ({"half_life": True}, "half_life=True is not a number"),
         ({"minimum": 2}, "minimum=2 and maximum=32 sub-batches: standard errors need at least 3"),
         ({"minimum": 9, "maximum": 8}, "minimum may not exceed the maximum"),
     ],

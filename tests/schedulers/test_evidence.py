@@ -11,6 +11,7 @@ import pytest
 
 import schedulers.evidence
 from schedulers import MOMENTS, Criterion, Measurement, Strategy, UsageError, get_criterion
+from schedulers.alignment import Sighting, posterior
 from schedulers.evidence import Evidence
 from tests.schedulers.adaptive_cases import KEEP, aligned_means, gradients_of, keep_cost, measurement_of, some_of
 
@@ -125,34 +126,78 @@ def test_alignments_are_the_posterior_of_a_process_over_strategies_and_budget(mo
         ]
     )
     precision, weighted = np.linalg.inv(prior), np.linalg.inv(prior) @ [-0.25 * log[s] for _, s in placed]
-    above = below = square = 0.0
+    common, uncertain, before = 0.0, 0.0, 0.0
     for at, found in some_measurements():
-        count = found.influence.shape[-1]
-        decays = [(0.5 ** ((at - other) / HALF_LIFE), m) for other, m in some_measurements() if other <= at]
-        parts = [(w * m.influence.shape[-1], m, m.strategies.index(WHOLE), scale_of(m)) for w, m in decays]
-        below = sum(w for w, *_ in parts)
-        above = sum(w * m.moments[row, at_ref] / scale for w, m, row, scale in parts)
-        square = sum(w**2 * float(m.influence[row, at_ref] @ m.influence[row, at_ref]) / scale**2
-                     for w, m, row, scale in parts)  # fmt: skip
-        common = max(above / below, math.sqrt(square) / below) * scale_of(found)
-        rows = [found.strategies.index(s) for s in (QUARTER, HALF) if s in found.strategies]
-        apart = (found.moments[rows, at_inner] - found.moments[rows, at_ref]) / common
-        moves = (found.influence[rows, at_inner] - found.influence[rows, at_ref]) / common
-        assert moves.shape == (len(rows), count)
-        at_rows = [placed.index((at, found.strategies[row])) for row in rows]
-        inverse = np.linalg.inv(moves @ moves.T)
-        precision[np.ix_(at_rows, at_rows)] += inverse
-        weighted[at_rows] += inverse @ apart
+        whole, count = found.strategies.index(WHOLE), found.influence.shape[-1]
+        moments, influence = found.moments / scale_of(found), found.influence / scale_of(found)
+        error = float((influence[whole, at_ref] ** 2).sum())
+        uncertain += (common * (2 ** ((at - before) / HALF_LIFE) - 1)) ** 2  # |G|^2 drifts
+        gain = uncertain / (uncertain + error) if common else 1.0
+        common += gain * (moments[whole, at_ref] - common)
+        uncertain, before = (1 - gain) * uncertain if at > 0.1 else error, at
+        assert common > math.sqrt(uncertain) > 0
+        others = [s for s in (QUARTER, HALF) if s in found.strategies]
+        rows = [found.strategies.index(s) for s in others]
+        apart = (moments[rows, at_inner] - moments[rows, at_ref]) / common
+        follow = np.array([[-0.25 * log[s] * gain] for s in others])
+        moves = (influence[rows, at_inner] - influence[rows, at_ref] - follow * influence[whole, at_ref]) / common
+        noise = moves @ moves.T
+        alone = len(rows) / (len(rows) + count - 1) if len(rows) > 1 else 0.0
+        noise = (1 - alone) * noise + alone * np.diag(np.diag(noise))
+        at_rows = [placed.index((at, s)) for s in others]
+        precision[np.ix_(at_rows, at_rows)] += np.linalg.inv(noise)
+        weighted[at_rows] += np.linalg.inv(noise) @ apart
     covariance = np.linalg.inv(precision)
     mean, spread = (covariance @ weighted)[-2:], covariance[-2:, -2:]
     pooled = filled(reading("inner")).pooled(0.6)
     known = pooled.worth_C[2]
+    assert known == pytest.approx(common)
     np.testing.assert_allclose(pooled.worth_C[:2] / known, 1 + mean, rtol=1e-6)
     drawn = pooled.draws_BC[:, :2] / known
     np.testing.assert_allclose(drawn.mean(0), 1 + mean, atol=0.01)
     scatter = np.sqrt(np.outer(np.diag(spread), np.diag(spread)))
     np.testing.assert_array_less(np.abs(np.cov(drawn.T) - spread), 0.05 * scatter)
     assert (pooled.draws_BC[:, 2] == known).all()
+
+
+@pytest.mark.parametrize(
+    ("sub_batches", "noise", "worse"), [(4, 1.0, 1.3), (4, 0.3, 0.9), (12, 1.0, 1.2), (12, 0.1, 0.6)]
+)
+def test_many_strategies_in_few_sub_batches_are_not_mistaken_for_certainty(
+    sub_batches: int, noise: float, worse: float
+) -> None:
+    """Of 8 strategies, drawn from what is assumed, with errors that 4 sub-batches cannot know all of."""
+    cost_C = np.array([1.0, 2, 3, 4, 6, 8, 12, 16, 1])[::-1] / 16
+    cost_C[0] = 1.0
+    log_C = np.log(cost_C[0] / cost_C)
+    rng = np.random.default_rng(0)
+    errors, before, spreads = [], [], []
+    for _ in range(60):
+        true_C = -(0.25 + 0.15 * rng.standard_normal()) * log_C + 0.1 * rng.standard_normal(9)
+        errors_CM = noise * math.sqrt(sub_batches) * rng.standard_normal((9, sub_batches))
+        influence_CM = (errors_CM - errors_CM.mean(1, keepdims=True)) / math.sqrt(sub_batches * (sub_batches - 1))
+        draws_BC = rng.standard_normal((256, sub_batches)) @ influence_CM.T
+        seen = Sighting(0.3, true_C + errors_CM.mean(1), influence_CM, draws_BC)
+        mean_C, drawn_BC = posterior(0.3, [seen], cost_C, 0, HALF_LIFE, 256)
+        errors.append((mean_C - true_C)[1:])
+        before.append((-0.25 * log_C - true_C)[1:])
+        spreads.append(drawn_BC.std(0)[1:])
+    error, prior = math.sqrt(np.square(errors).mean()), math.sqrt(np.square(before).mean())
+    assert error < worse * prior
+    claimed = math.sqrt(np.square(spreads).mean())
+    assert 0.5 * error < claimed < 1.5 * error
+
+
+def test_an_alignment_that_stays_is_found_although_noise_and_length_change() -> None:
+    """Two probes without error, of gradients whose |G|^2 falls twenty times against their noise in between."""
+    for gap in (0.02, 0.07, 0.28):
+        evidence = evidence_of(reading("inner"))
+        for fraction, length in ((0.2, 1.0), (0.2 + gap, 0.05)):
+            moments = np.array([[0.1, 8.0, length, inner * length, length] for inner in (0.1, 0.4, 1.0)])
+            influence = np.full((3, 5, 6), 1e-9) * np.array([1, -1, 1, -1, 1, -1])
+            evidence.add(fraction, Measurement((QUARTER, HALF, WHOLE), moments, influence))
+        worth_C = evidence.pooled(0.2 + gap).worth_C
+        np.testing.assert_allclose(worth_C / worth_C[2], [0.1, 0.4, 1.0], rtol=1e-3)
 
 
 def test_the_more_compressed_a_strategy_the_less_it_is_trusted_before_it_is_measured_well() -> None:

@@ -54,7 +54,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "--budget", "12M", *MODEL, *HEADS, "--lr", "4e-3", "--set", "weight_decay=0.02", "--set", "temperature=0.2",
     ),
     "dino": (
-        "--budget", "8M", *MODEL, "--lr", "4e-3", "--set", "head_hidden=256", "--set", "head_width=64",
+        "--budget", "8M", *MODEL, "--lr", "1e-3", "--set", "head_hidden=256", "--set", "head_width=64",
         "--set", "positions=sincos", "--set", "head_batchnorm=True", "--set", "prototypes=1024",
         "--set", "small_crops=0", "--set", "weight_decay_end=-1.0", "--set", "clip=0", "--set", "freeze_last_layer=0",
     ),

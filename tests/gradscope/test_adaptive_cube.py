@@ -77,11 +77,14 @@ def test_its_moments_are_those_that_the_policy_scored(finished: tuple[Loop, Path
     cells = cube.sel(keep=keep)
     inner, square = cells["inner"].values, cells["norm_sq_ref"].values
     psi = cells["influence"].transpose("moment", "keep", "replicate").values
-    moves = (psi[3] - psi[4]) / whole  # of inner, norm_sq_ref
     log = np.log([loop.controller.policy.costs[WHOLE] / loop.controller.policy.costs[s] for s in (QUARTER, HALF)])
+    follow = cube["influence"].sel(keep=1).transpose("moment", "replicate").values[4]
+    moves = (psi[3] - psi[4] + 0.25 * log[:, None] * follow) / whole  # of inner, norm_sq_ref
+    noise, alone = moves @ moves.T, 2 / (2 + record.sub_batches - 1)
+    noise = (1 - alone) * noise + alone * np.diag(np.diag(noise))
     prior = 0.15**2 * np.outer(log, log) + 0.1**2 * np.eye(2)
     apart = (inner - square) / whole
-    posterior = -0.25 * log + prior @ np.linalg.inv(prior + moves @ moves.T) @ (apart + 0.25 * log)
+    posterior = -0.25 * log + prior @ np.linalg.inv(prior + noise) @ (apart + 0.25 * log)
     for row, strategy in enumerate((QUARTER, HALF)):
         aligned = whole * (1 + posterior[row])
         expected = score_C[row] * aligned * abs(aligned) / (inner[row] * abs(inner[row]))

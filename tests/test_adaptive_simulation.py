@@ -71,12 +71,14 @@ def test_probes_err_around_the_truth(scenario: str) -> None:
 
 
 @pytest.mark.parametrize("criterion", simulation.CRITERIA)
-def test_the_best_strategy_moves_from_cheap_to_dear_unless_the_truth_is_steady(criterion: str) -> None:
+def test_the_best_strategy_moves_from_cheap_to_dear_where_the_truth_says_so(criterion: str) -> None:
     for name, scenario in SCENARIOS.items():
         best = np.array([Truth.drawn(scenario, seed).worth(criterion).argmax(1) for seed in range(20)])
         early, late = COST_C[best[:, 0]].mean(), COST_C[best[:, -1]].mean()
         if name == "steady":
             assert (best == best[:, :1]).all() and len(set(best[:, 0])) > 3
+        elif name == "measured":  # what is known of real runs: it hardly moves
+            assert early / 2 < late < 2 * early < COST_C[REFERENCE]
         else:
             assert late > 2 * early
             changes = (np.diff(best) != 0).sum(1)

@@ -154,7 +154,7 @@ def test_a_rank_that_hangs_ends_the_job_in_time(folder: Path, tmp_path: Path) ->
     ("kind", "codes", "message"),
     [
         ("raise", [1, 1], "error: sub-batch 5 cannot be read"),
-        ("end", [1, 1], "error: batches(size=8) ended before 7 sub-batches; ask for fewer samples or make it"),
+        ("end", [1, 1], "error: batches(size=8) ended before 7 sub-batches; ask for fewer samples or make it endless"),
         (
             "SIGTERM",
             [143, 143],

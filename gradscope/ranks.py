@@ -8,6 +8,7 @@ share of each batch, and features are gathered so that a loss sees all of it.
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import re
 import signal
@@ -183,6 +184,9 @@ def open_ranks(open_device: Callable[[], torch.device]) -> Iterator[tuple[Ranks,
         device = open_device()
         yield Ranks(device=device), device
         return
+    # its functions take the group that they find at import for a default, and would keep that group's threads running
+    # until the interpreter ends, which they can crash
+    importlib.import_module("torch.distributed.nn.functional")
     with _peers("the ranks of this job cannot meet"):
         store, rank, size = next(iter(rendezvous("env://")))
     # ranks that torchrun starts once more meet at the store where the first ones met

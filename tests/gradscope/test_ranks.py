@@ -227,6 +227,32 @@ def test_torchrun_with_a_killed_rank_and_once_more(folder: Path, tmp_path: Path,
     assert_agree(whole, open_cube(out))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux tells them")
+def test_the_threads_of_a_job_end_with_it(tmp_path: Path) -> None:
+    """One that outlives the interpreter can crash it; what a rank imports in between must not keep them."""
+    program = """
+import os
+import torch
+from gradscope.ranks import open_ranks
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+with open_ranks(lambda: torch.device("cpu")) as (ranks, _):
+    import torch._dynamo
+    assert ranks.gather(ranks.rank) == [0, 1]
+    inside = threads()
+print(f"{inside > 1} {threads()}\\n", end="")  # one write, which the other rank's cannot split
+"""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "program.py").write_text(program)
+    ended = subprocess.run(
+        [*command, str(tmp_path / "program.py")], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "True 1\n" * 2), ended
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_stops_the_ranks(folder: Path, tmp_path: Path, number: signal.Signals) -> None:

@@ -233,7 +233,10 @@ def open_cube(path: Path) -> xr.DataTree:
     if path.is_dir():
         raise CubeError(f"{path}: a folder, not a cube; name a file in it")
     if not path.is_file():
-        raise CubeError(f"{path}: no such cube; make one with `gradscope profile CKPT_DIR`")
+        raise CubeError(
+            f"{path}: no such cube; make one with `gradscope profile CKPT_DIR` (an online run writes one with its "
+            "first probe)"
+        )
     try:
         with xr.open_datatree(path, engine=ENGINE) as tree:
             loaded = tree.load()
@@ -319,11 +322,12 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
     shared = np.where(done[:, reference, None], flat["norm_sq_ref"][:, reference, None], flat["norm_sq_ref"])
     flat["norm_sq_ref"] = shared
     batch_size = int(cube.attrs["batch_size"])
-    pilot, budget = pilot_of(training_of(cube), grid)
+    training = training_of(cube)
+    pilot, budget = pilot_of(training, grid)
     by_tokens = cost_model == "tokens"
     if not by_tokens:
         budget = budget_in(budget, pilot, grid, cube["cost"].sel(cost_model="tokens").values.reshape(-1), cost)
-    return Profile(
+    profile = Profile(
         grid=grid,
         progress=here["progress"].values,
         cost=cost,
@@ -341,6 +345,8 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         influence=_influence(here, done, reference),
         pilot=pilot,
     )
+    trained = training.get("batch_size")  # an online run's, whose probes may have had smaller sub-batches
+    return profile if trained is None else profile.for_batch(int(trained))
 
 
 def _covariance(here: xr.Dataset, done: NDArray[np.bool_], reference: int) -> NDArray[np.float64]:

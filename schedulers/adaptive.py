@@ -244,13 +244,11 @@ class AdaptivePolicy:
             self._decisions.append(Decision(step + 1, spent / self.budget, now.strategy, kept, now.exploration, why))
 
     def _best(self, pooled: Pooled, among: Sequence[Strategy]) -> Strategy | None:
-        """The best; as the first choice the cheapest of those about as good, which sees more samples for its units."""
+        """The cheapest of those about as good as the best: it sees more samples for its units."""
         known = [s for s in among if np.isfinite(pooled.worth_C[self.strategies.index(s)])]
         if not known:
             return None
         best = max((self.strategies.index(s) for s in known), key=pooled.worth_C.__getitem__)
-        if self.incumbent is not None:
-            return self.strategies[best]
         least = pooled.worth_C[best] - ALIKE * abs(pooled.worth_C[best])
         good = [s for s in known if pooled.worth_C[self.strategies.index(s)] >= least]
         return min(good, key=lambda s: (self.costs[s], -pooled.worth_C[self.strategies.index(s)]))

@@ -88,8 +88,9 @@ class AdaptiveController:
     equal). `check`: whether it is tried at once, on a few samples, which strategies the model refuses.
 
     Steps are absolute, counted by the loop. Everything follows from seed, step and what was measured: a run that is
-    continued from `state_dict` decides as it would have. Raises UsageError for values out of range, InfeasibleError for
-    a budget below one step, TaskError where the model refuses the reference.
+    continued from `state_dict` decides as it would have. Raises UsageError for values out of range and an
+    optimizer of another model, InfeasibleError for a budget below one step, TaskError where the model refuses the
+    reference.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class AdaptiveController:
         check: bool = True,
     ) -> None:
         rule = rule or AdaptiveRule()
+        _check_optimizer(model, optimizer)
         self.task, self.model, self.optimizer, self.charge = task, model, optimizer, charge
         self.ranks = current_ranks() if ranks is None else ranks
         self.report: Report = (report or logging.getLogger("gradscope").info) if self.ranks.first else _nobody
@@ -369,6 +371,8 @@ class AdaptiveController:
 
     def _tell_if_blind(self) -> None:
         policy = self.policy
+        if len(policy.strategies) < 2:
+            self.report(f"there is one strategy only, {policy.strategies[0]}: nothing to choose, and no probes")
         if len(policy.strategies) < 2 or not policy.rule.overhead:
             return
         cap = policy.rule.overhead * self.budget
@@ -408,6 +412,17 @@ class AdaptiveController:
         self.policy.probe_units += units
         if self.charge:
             self._spent += units
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in trained for p in model.parameters()):
+        raise UsageError(
+            "the optimizer has none of the model's parameters: give the model that is trained (not a copy of it), and "
+            "the optimizer that was made from its parameters"
+        )
 
 
 def _nobody(text: str) -> None:

@@ -120,6 +120,7 @@ def _of_run(controller: AdaptiveController) -> dict[str, str | float]:
         "schedule": "online",
         "strategies": [str(s) for s in schedule.strategies],
         "budget": controller.budget,
+        "batch_size": controller.policy.batch_size,
         "stages": stages_json(schedule),
     }
     return {"training_json": json.dumps(training), "units": controller.probe_units}

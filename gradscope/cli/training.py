@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -95,7 +95,7 @@ def train(
     from gradscope.ranks import open_ranks
     from gradscope.trainer import RunOptions
     from gradscope.trainer import train as run
-    from schedulers import format_count
+    from schedulers import AdaptiveRule, format_count
 
     given = {"lr": lr, "patch": patch}
     values = {
@@ -149,6 +149,8 @@ def train(
         "seconds": round(result.seconds, 2), "loss": result.loss, "knn_accuracy": result.accuracy,
         "skipped_pictures": skipped,
     }  # fmt: skip
+    if isinstance(plan, AdaptiveRule):
+        facts["online"] = _online_facts(out)
     accuracy = "" if result.accuracy is None else f", kNN accuracy {result.accuracy:.1%}"
     accuracy += "" if result.loss is None else f", last loss {result.loss:.3f}"
     emit(
@@ -159,6 +161,25 @@ def train(
         ],
         as_json=as_json,
     )
+
+
+def _online_facts(out: Path) -> dict[str, Any]:
+    """What an online run decided, and what that took: units and seconds of its probes, and its stages."""
+    from gradscope.plans import SCHEDULE_FILE
+    from gradscope.runlog import read_log
+    from schedulers import load_schedule
+
+    schedule, probes = load_schedule(out / SCHEDULE_FILE), [row for row in read_log(out) if "probe" in row]
+    return {
+        "probes": len(probes),
+        "probe_units": schedule.constraints["probe_units"],
+        "probe_seconds": round(sum(row["probe_seconds"] for row in probes), 3),
+        "schedule": str(out / SCHEDULE_FILE),
+        "stages": [
+            {"start": stage.start, "end": stage.end, "mixture": {str(s): weight for s, weight in stage.mixture}}
+            for stage in schedule.stages
+        ],
+    }
 
 
 def _described(setting: Setting) -> str:

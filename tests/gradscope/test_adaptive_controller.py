@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
@@ -402,6 +403,14 @@ def test_a_budget_below_one_step_names_the_smallest() -> None:
     assert new_loop(budget=24).all().controller.step >= 1
 
 
+def test_the_optimizer_of_another_model_is_refused() -> None:
+    task = Spy().task()
+    with pytest.raises(UsageError, match="the optimizer has none of the model's parameters"):
+        AdaptiveController(
+            task, copy.deepcopy(model := linear()), torch.optim.AdamW(model.parameters()), budget=100, batch_size=BATCH
+        )
+
+
 def test_a_budget_may_be_a_text() -> None:
     assert new_loop(budget="6k").controller.budget == 6000
     with pytest.raises(UsageError):
@@ -421,7 +430,9 @@ def test_a_loop_task_loads_nothing() -> None:
 
 def test_a_grid_of_one_trains_as_a_plain_loop() -> None:
     seed_all()
-    loop = new_loop(grid=ALONE, budget=1200).all()
+    told: list[str] = []
+    loop = new_loop(grid=ALONE, budget=1200, report=told.append).all()
+    assert told == ["there is one strategy only, keep=1: nothing to choose, and no probes"]
     controller = loop.controller
     assert set(loop.ran) == {WHOLE} and controller.step == 50 and controller.spent == 1200
     assert not controller.probes and controller.probe_units == 0 == loop.spy.units_without_gradient

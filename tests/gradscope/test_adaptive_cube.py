@@ -104,6 +104,15 @@ def test_it_knows_how_the_run_was_trained(finished: tuple[Loop, Path]) -> None:
     assert stages[-1]["mixture"] == [[{"keep": 1}, 1.0]]
 
 
+def test_it_is_read_for_the_batch_of_the_run_whatever_its_sub_batches_were(path: Path) -> None:
+    loop = new_loop({**PROBES, "sub_batch": 2 * BATCH}, cube=path, budget=SHORT).all()
+    loop.controller.write_cube()
+    assert opened(path).attrs["batch_size"] == 2 * BATCH
+    profile = profile_of(opened(path))
+    assert profile.batch_size == BATCH == loop.controller.policy.batch_size
+    assert profile.beta == BATCH * loop.controller.policy.costs[GRID.reference]
+
+
 def test_its_moments_are_signed_and_known(finished: tuple[Loop, Path]) -> None:
     cube = opened(finished[1])
     assert set(cube["metric"].values) == {"euclidean", "optimizer"}

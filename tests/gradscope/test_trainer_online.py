@@ -362,7 +362,7 @@ def test_train_plot_optimize_and_train_again(command: Run, small_data: ImageData
     assert {p.name for p in Path("x").iterdir()} >= {"cube.nc", "schedule.json", "log.jsonl", "config.toml"}
     code, out, err = command("optimize", "x/cube.nc", "--budget", 700, "--out", "next.json", "--json")
     assert code == 0, err
-    assert load_schedule("next.json").budget == 700
+    assert load_schedule("next.json").budget == 700 and load_schedule("next.json").batch_size == 16  # not the probes' 4
     code, out, err = command("plot", "x/cube.nc", "--schedule", "x/schedule.json", "--out", "report.html")
     assert code == 0, err
     page = Path("report.html").read_text()
@@ -371,6 +371,19 @@ def test_train_plot_optimize_and_train_again(command: Run, small_data: ImageData
     code, out, err = command(*QUICK, "--schedule", "x/schedule.json", "--out", "again", "--json")
     assert code == 0, err
     assert json.loads(out)["units"] <= 700
+
+
+def test_json_tells_what_was_decided_and_what_that_took(command: Run, small_data: ImageData) -> None:
+    code, out, err = command(*QUICK, "--schedule", CHEAP, "--out", "x", "--json")
+    assert code == 0, err
+    facts, online = json.loads(out)["online"], last(Path("x"))["online"]
+    assert facts["probes"] == len(online["probes"]) > 0 and facts["probe_units"] == online["policy"]["probe_units"]
+    assert facts["schedule"] == "x/schedule.json" and facts["probe_seconds"] > 0
+    assert [(s["start"], s["end"], s["mixture"]) for s in facts["stages"]] == [
+        (s.start, s.end, {str(c): weight for c, weight in s.mixture}) for s in load_schedule("x/schedule.json").stages
+    ]
+    code, out, _ = command(*QUICK, "--out", "y", "--json")
+    assert code == 0 and "online" not in json.loads(out)
 
 
 @SLOW
@@ -394,7 +407,7 @@ def test_online_alone_is_the_default_rule(command: Run, small_data: ImageData) -
 def test_a_grid_of_one_trains_online_without_a_probe(command: Run, small_data: ImageData) -> None:
     words = [*QUICK[:7], "--grid", "patch=4;dropout=0", *QUICK[9:]]
     code, _, err = command(*words, "--schedule", CHEAP, "--out", "x")
-    assert code == 0, err
+    assert code == 0 and "nothing to choose" in " ".join(err.split()), err
     assert not last(Path("x"))["online"]["probes"] and len(load_schedule("x/schedule.json").strategies) == 1
 
 

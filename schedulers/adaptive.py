@@ -3,8 +3,9 @@
 It is pure: everything that it answers follows from its settings and from what it was told, in which order. A run
 begins with all candidates mixed, as a mixed pilot does (design §4), so that measurements are fair; when all have been
 measured it chooses one strategy, as soon as its advantage over the mixture exceeds a tolerance, and goes to another
-when that one's advantage exceeds its uncertainty, too. A share of the steps explores all candidates throughout. The
-last part of the budget runs on the reference.
+when that one's advantage exceeds its uncertainty, too. A share of the steps explores all candidates throughout, and
+before a probe all are mixed again for a moment: what a model has not just trained under measures as mismatch. The last
+part of the budget runs on the reference.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ class AdaptivePolicy:
         return sum(d.why == "switch" for d in self._decisions)
 
     @property
+    def mixing(self) -> bool:
+        """Whether all candidates are mixed for a moment, before a probe."""
+        return self.incumbent is not None and self._decisions[-1].exploration == 1
+
+    @property
     def finishing(self) -> bool:
         return self._decisions[-1].why == "finish"
 
@@ -122,12 +128,31 @@ class AdaptivePolicy:
         return draw_from(self.mixture(step), seed=self.seed, step=step)
 
     def advance(self, step: int, spent: float) -> None:
-        """Note that `step` is done and that `spent` units are: begins the finish when it is time."""
+        """Note that `step` is done and that `spent` units are: begins the finish, or to mix, when it is time."""
         finish = self.rule.finish
-        if self.rule.frozen or not finish or self.finishing or spent < (1 - finish) * self.budget:
+        if self.rule.frozen or self.finishing:
             return
-        if self.grid.reference in self.candidates:
-            self._decide(step + 1, spent, self.grid.reference, "finish")
+        if finish and spent >= (1 - finish) * self.budget:
+            if self.grid.reference in self.candidates:
+                self._decide(step + 1, spent, self.grid.reference, "finish")
+        elif self.incumbent is not None and self._to_mix(spent) != self.mixing:
+            self._decide(step + 1, spent, self.incumbent, "resume" if self.mixing else "mix")
+
+    def _to_mix(self, spent: float) -> bool:
+        """Whether the next probe is so near that its candidates are to be mixed, or just overdue."""
+        cap, due = self.rule.overhead * self.budget, self._due()
+        if not self.rule.mix or due >= 1 - self.rule.finish:
+            return False
+        plan = self.planner.plan(self.candidates, self.incumbent, cap, 0.0)
+        if plan is None or self.planner.shorter(plan, min(cap - self.probe_units, self.budget - spent), 0.0) is None:
+            return False
+        way = (1 - self.rule.finish - self.rule.start) * self.planner.last_units / cap
+        return abs(spent / self.budget - due) < min(self.rule.mix, way / 2)
+
+    def _due(self) -> float:
+        """Fraction of the budget at which the next probe is due, after the first one."""
+        used = (self.probe_units + self._in_vain) / (self.rule.overhead * self.budget) if self.rule.overhead else 1.0
+        return self.rule.start + used * (1 - self.rule.finish - self.rule.start)
 
     @property
     def probes(self) -> int:
@@ -141,13 +166,11 @@ class AdaptivePolicy:
         then on what probes have spent may grow evenly up to the cap, which it reaches where the finish begins.
         """
         rule, fraction = self.rule, spent / self.budget
-        open_until = 1 - rule.finish
-        if not rule.overhead or not rule.start <= fraction < open_until:
+        if not rule.overhead or not rule.start <= fraction < 1 - rule.finish:
+            return None
+        if self.probes and fraction < self._due():
             return None
         cap = rule.overhead * self.budget
-        due = cap * (fraction - rule.start) / (open_until - rule.start)
-        if self.probes and self.probe_units + self._in_vain > due:
-            return None
         plan = self.planner.plan(self.candidates, self.incumbent, cap, set_up)
         left = min(cap - self.probe_units, self.budget - spent)
         return plan if plan is None or plan.units <= left else self.planner.shorter(plan, left, set_up)
@@ -166,6 +189,19 @@ class AdaptivePolicy:
         candidates until a later probe measures them, and after three failures in a row not at all. Where the reference
         itself could not be measured, nothing changes.
         """
+        verdict = self._tell(step, spent, units, found, failed)
+        if self.mixing:
+            self._decide(step + 1, spent, self._decisions[-1].strategy, "resume")
+        return verdict
+
+    def _tell(
+        self,
+        step: int,
+        spent: float,
+        units: float,
+        found: Measurement | None,
+        failed: Mapping[Strategy, str] | None,
+    ) -> Verdict:
         fraction = spent / self.budget
         self.probe_units += units
         measured = () if found is None else found.strategies
@@ -244,11 +280,13 @@ class AdaptivePolicy:
             self._decisions.append(Decision(step + 1, spent / self.budget, now.strategy, kept, now.exploration, why))
 
     def _best(self, pooled: Pooled, among: Sequence[Strategy]) -> Strategy | None:
-        """The cheapest of those about as good as the best: it sees more samples for its units."""
+        """The best; as the first choice the cheapest of those about as good, which sees more samples for its units."""
         known = [s for s in among if np.isfinite(pooled.worth_C[self.strategies.index(s)])]
         if not known:
             return None
         best = max((self.strategies.index(s) for s in known), key=pooled.worth_C.__getitem__)
+        if self.incumbent is not None:
+            return self.strategies[best]
         least = pooled.worth_C[best] - ALIKE * abs(pooled.worth_C[best])
         good = [s for s in known if pooled.worth_C[self.strategies.index(s)] >= least]
         return min(good, key=lambda s: (self.costs[s], -pooled.worth_C[self.strategies.index(s)]))
@@ -287,8 +325,8 @@ class AdaptivePolicy:
             {self.strategies[c]: float(pooled.effective_C[c]) for c in known},
         )  # fmt: skip
 
-    def _decide(self, step: int, spent: float, strategy: Strategy, why: str) -> None:
-        exploration = 0.0 if why == "finish" else self.rule.exploration
+    def _decide(self, step: int, spent: float, strategy: Strategy | None, why: str) -> None:
+        exploration = {"finish": 0.0, "mix": 1.0}.get(why, self.rule.exploration)
         self._decisions.append(Decision(step, spent / self.budget, strategy, self.candidates, exploration, why))
 
     def _mixture(self, decision: Decision) -> tuple[tuple[Strategy, float], ...]:

@@ -21,7 +21,8 @@ class AdaptiveRule:
 
     - `criterion` and `metric`: what strategies are compared by (design §4).
     - `overhead`: hard cap on what probes cost; 0: no probes, the candidates stay mixed.
-    - `exploration`: share that is spread evenly over all candidates, in real training steps.
+    - `exploration`: share that is spread evenly over all candidates, in real training steps. `mix`: the stretch before
+      a probe in which all candidates are mixed, at most half the way from the probe before.
     - `start`: where the first probe may come; before it all candidates are mixed. `finish`: the last part, which runs
       on the reference; 0: none.
     - `half_life`: after which a measurement weighs half.
@@ -37,7 +38,8 @@ class AdaptiveRule:
     criterion: str = "descent"
     metric: str = "optimizer"
     overhead: float = 0.03
-    exploration: float = 0.1
+    exploration: float = 0.05
+    mix: float = 0.01
     start: float = 0.05
     finish: float = 0.1
     half_life: float = 0.1
@@ -60,7 +62,7 @@ class AdaptiveRule:
                 raise UsageError(f"{field_.name}={value!r} is not {what}")
         if self.metric not in METRICS:
             raise UsageError(f"metric={self.metric!r}: use one of {', '.join(METRICS)}")
-        for name in ("overhead", "exploration", "start", "finish", "dwell"):
+        for name in ("overhead", "exploration", "mix", "start", "finish", "dwell"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)!r} is not a share of the budget in [0, 1)")
         for name in ("confidence", "tolerance"):
@@ -125,7 +127,7 @@ class ProbePlan:
 class Decision:
     """From optimizer step `step` on, at `fraction` of the budget: `strategy`, or all `candidates` mixed (None).
 
-    `why`: start, first, switch, finish, or what happened to the candidates.
+    `why`: start, first, switch, mix (before a probe), resume (after it), finish, or what happened to the candidates.
     """
 
     step: int

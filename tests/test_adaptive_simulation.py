@@ -77,12 +77,34 @@ def test_the_best_strategy_moves_from_cheap_to_dear_where_the_truth_says_so(crit
         early, late = COST_C[best[:, 0]].mean(), COST_C[best[:, -1]].mean()
         if name == "steady":
             assert (best == best[:, :1]).all() and len(set(best[:, 0])) > 3
-        elif name == "measured":  # what is known of real runs: it hardly moves
+        elif name in ("measured", "unfair"):  # what is known of real runs: it hardly moves
             assert early / 2 < late < 2 * early < COST_C[REFERENCE]
         else:
             assert late > 2 * early
             changes = (np.diff(best) != 0).sum(1)
             assert (changes >= 1).sum() >= 15 and (scenario.drift != "sudden" or changes.max() <= 2)
+
+
+def test_what_is_measured_of_a_model_that_trains_under_one_strategy_alone_is_less_aligned() -> None:
+    fair, unfair = (Truth.drawn(SCENARIOS[name], 4) for name in ("measured", "unfair"))
+    assert (fair.worth("descent") == unfair.worth("descent")).all()  # it is in measurements only
+    at = fair.means(0.3)[0]
+    way_D = at[REFERENCE] / np.linalg.norm(at[REFERENCE])
+    for alone in (0.0, 0.5, 1.0):
+        found = unfair.means(0.3, alone)[0]
+        kept = np.where(np.arange(len(STRATEGIES)) == REFERENCE, 1.0, 1 - 0.35 * alone)
+        assert found @ way_D == pytest.approx(kept * (at @ way_D), rel=1e-9)
+        aside = found - np.outer(found @ way_D, way_D)
+        assert aside == pytest.approx(at - np.outer(at @ way_D, way_D), abs=1e-9)
+
+
+def test_mixing_before_probes_helps_where_they_would_mislead() -> None:
+    rule, seeds = AdaptiveRule(), range(12)
+    mixed, alone = (
+        np.mean([run["total"] for run in simulation.run_scenario("unfair", chosen, seeds)])
+        for chosen in (rule, simulation.unmixed(rule))
+    )
+    assert mixed < alone
 
 
 def test_worth_and_regret_of_constants() -> None:
@@ -151,6 +173,15 @@ def test_rows_say_whether_the_bounds_are_kept() -> None:
     online["overhead"]["most"], online["switches"]["most"] = 0.031, 99
     online["least gap"] = online["shortest return"] = {"least": 0.01, "runs": 1}
     assert not any(row.holds for row in simulation.rows(bad) if "of all runs" in row.claim)
+
+
+def test_the_row_of_mixing_says_whether_it_helped() -> None:
+    results = small_results()
+    entry = results["scenarios"]["steady"]["descent"]
+    for here, holds in ((0.1, True), (-0.1, False)):
+        entry["unmixed"] = {"total": {"q50": entry["online"]["total"]["q50"] + here}}
+        (row,) = [row for row in simulation.rows(results) if "without mixing before probes" in row.claim]
+        assert row.holds == holds and row.value == pytest.approx(-here)
 
 
 def test_the_same_seeds_meet_the_same_truths_under_any_rule() -> None:

@@ -215,7 +215,11 @@ def test_the_last_strategy_stays_when_probes_go_blank_later() -> None:
     assert loop.controller.policy.incumbent is not None
     loop.spy.trouble = on_reference(NAN)
     loop.all()
-    assert loop.controller.decisions[:-1] == decided and loop.controller.decisions[-1].why == "finish"
+    later = loop.controller.decisions[len(decided) :]
+    assert loop.controller.decisions[: len(decided)] == decided and later[-1].why == "finish"
+    assert [d.why for d in later[:-1]] == ["mix", "resume"] * 3 and {d.strategy for d in later[:-1]} == {
+        decided[-1].strategy
+    }
     assert [bool(r.error) for r in loop.controller.probes] == [False, True, True, True]
     assert_trained_to_the_end(loop)
 

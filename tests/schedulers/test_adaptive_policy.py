@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
 import math
 import random
@@ -170,7 +172,7 @@ def test_the_cap_is_never_exceeded(data: st.DataObject) -> None:
         "overhead": data.draw(st.floats(0, 0.99)), "start": start, "finish": finish, "minimum": 3,
         "maximum": data.draw(st.integers(3, 12)), "sub_batch": data.draw(st.sampled_from([0, 1, 20])),
         "frozen": data.draw(st.booleans()), "dwell": data.draw(st.floats(0, 0.2)),
-        "exploration": data.draw(st.floats(0, 0.9)),
+        "exploration": data.draw(st.floats(0, 0.9)), "mix": data.draw(st.floats(0, 0.3)),
     }  # fmt: skip
     budget = data.draw(st.one_of(st.floats(1, 200), st.floats(200, 2500)))
     policy = new_policy(grid, budget=budget, batch_size=4, seed=data.draw(st.integers(0, 99)), **rule)
@@ -249,7 +251,7 @@ def test_measuring_what_the_model_refuses_counts_towards_the_cap() -> None:
 
 
 def test_the_better_strategy_is_found_and_kept() -> None:
-    policy = new_policy(budget=30_000)
+    policy = new_policy(budget=30_000, mix=0.0)
     run = Run(policy, steady_world(policy, GOOD_HALF)).all()
     assert policy.switches == 0 and [d.why for d in policy.decisions] == ["start", "first", "finish"]
     assert policy.decisions[1].strategy == HALF and policy.decisions[1].fraction < 0.3
@@ -412,11 +414,73 @@ def test_the_last_part_runs_on_the_reference_without_exploring() -> None:
 
 
 def test_no_finish_where_none_is_wanted() -> None:
-    policy = new_policy(budget=20_000, finish=0.0, exploration=0.3)
+    policy = new_policy(budget=20_000, finish=0.0, exploration=0.3, mix=0.0)
     run = Run(policy, steady_world(policy, GOOD_HALF)).all()
     assert [d.why for d in policy.decisions] == ["start", "first"] and not policy.finishing
     assert len(set(run.seen[-60:])) == 3 and Counter(run.seen[-60:]).most_common(1)[0][0] == HALF
     assert max(v is not None for v in run.verdicts) and run.plans
+
+
+# --- all mixed before a probe
+
+
+def test_before_a_probe_all_candidates_are_mixed_for_a_moment() -> None:
+    policy = new_policy(budget=100_000, overhead=0.05, mix=0.02, exploration=0.0)
+    at, steady = [], steady_world(policy, GOOD_HALF)
+
+    def world(step: int, fraction: float, plan: ProbePlan) -> Any:
+        at.append(step)
+        return steady(step, fraction, plan)
+
+    run = Run(policy, world).all()
+    whys = [d.why for d in policy.decisions]
+    assert whys[:2] == ["start", "first"] and whys[-1] == "finish" and len(run.plans) >= 8
+    assert whys[2:-1] == ["mix", "resume"] * (len(run.plans) - 1)
+    pairs = list(zip(policy.decisions[2:-1:2], policy.decisions[3:-1:2], strict=True))
+    for mixed, resumed in pairs:
+        assert mixed.strategy == resumed.strategy == HALF and mixed.exploration == 1 and resumed.exploration == 0
+        assert 0.019 < resumed.fraction - mixed.fraction < 0.03  # with the probe's own cost
+        assert resumed.step - 1 in at
+        seen = run.seen[mixed.step : resumed.step]
+        assert set(seen) == {QUARTER, HALF, WHOLE}
+    between = [run.seen[a[1].step : b[0].step] for a, b in itertools.pairwise(pairs)]
+    assert all(set(seen) == {HALF} for seen in between) and policy.switches == 0
+
+
+def test_it_is_mixed_for_half_the_way_to_the_next_probe_at_most() -> None:
+    policy = new_policy(budget=100_000, overhead=0.05, mix=0.9, exploration=0.0)
+    Run(policy, steady_world(policy, GOOD_HALF)).all()
+    edges = [d for d in policy.decisions if d.why in ("mix", "resume")]
+    mixed = sum(b.fraction - a.fraction for a, b in itertools.pairwise(edges) if a.why == "mix")
+    chosen = sum(b.fraction - a.fraction for a, b in itertools.pairwise(edges) if a.why == "resume")
+    assert len(edges) > 8 and 0.3 < mixed / (mixed + chosen) < 0.6
+
+
+@pytest.mark.parametrize("set_up", [0.0, 700.0])
+def test_where_no_probe_comes_nothing_is_mixed_for_long(set_up: float) -> None:
+    """The cap pays for one probe only, or the probe turns out to cost too much when it is due."""
+    policy = new_policy(budget=10_000, overhead=0.09, mix=0.05, exploration=0.0, minimum=3, maximum=4, finish=0.0)
+    run = Run(policy, steady_world(policy, GOOD_HALF))
+    while policy.incumbent is None:
+        assert run.once()
+    if not set_up:
+        policy.probe_units = policy.rule.overhead * policy.budget - 1
+    run.set_up = set_up
+    run.all()
+    assert len(run.plans) == 1
+    lasted = [
+        b.fraction - a.fraction
+        for a, b in itertools.pairwise([*policy.decisions, dataclasses.replace(policy.decisions[-1], fraction=1.0)])
+        if a.why == "mix"
+    ]
+    assert not policy.mixing and (not lasted if not set_up else 0.02 < sum(lasted) < 0.12)
+
+
+@pytest.mark.parametrize("rule", [{"mix": 0.0}, {"frozen": True}])
+def test_without_it_the_chosen_strategy_runs_up_to_the_probe(rule: dict[str, Any]) -> None:
+    policy = new_policy(budget=50_000, **rule)
+    Run(policy, steady_world(policy, GOOD_HALF)).all()
+    assert not any(d.why in ("mix", "resume") for d in policy.decisions)
 
 
 def test_frozen_measures_but_never_decides() -> None:
@@ -488,7 +552,7 @@ def test_the_only_alternative_comes_back_after_one_failure() -> None:
 
 
 def test_what_runs_stays_when_it_fails_in_a_probe() -> None:
-    policy = new_policy(budget=30_000, overhead=0.1, minimum=3, maximum=4)
+    policy = new_policy(budget=30_000, overhead=0.1, minimum=3, maximum=4, mix=0.0)
     run = Run(policy, failing_world(policy, GOOD_HALF, lambda n: [HALF] if n == 4 else [])).all()
     assert len(run.plans) > 6 and [d.strategy for d in policy.decisions] == [None, HALF, WHOLE]
 
@@ -579,9 +643,9 @@ def test_a_slow_drift_is_followed() -> None:
         return steady_world(policy, means)(step, fraction, plan)
 
     Run(policy, world).all()
-    chosen = [d.strategy for d in policy.decisions if d.why in ("first", "switch")]
-    assert chosen == [HALF, WHOLE]
-    assert 0.4 < policy.decisions[-1].fraction < 0.9  # the score of half the sequence falls below at 0.41
+    chosen = [d for d in policy.decisions if d.why in ("first", "switch")]
+    assert [d.strategy for d in chosen] == [HALF, WHOLE]
+    assert 0.4 < chosen[-1].fraction < 0.9  # the score of half the sequence falls below at 0.41
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e9])

@@ -19,12 +19,12 @@ def test_an_empty_text_is_the_default() -> None:
 
 def test_every_setting_can_be_given_as_text() -> None:
     text = (
-        "criterion=ca-mse, metric=euclidean,overhead=0.05,exploration=0,start=0.2,finish=0.0,half_life=1.5,"
+        "criterion=ca-mse, metric=euclidean,overhead=0.05,exploration=0,mix=0.02,start=0.2,finish=0.0,half_life=1.5,"
         "confidence=0.5,tolerance=0,dwell=.1,monotone=TRUE,minimum=3,maximum=9,sub_batch=16,frozen=true"
     )
     rule = AdaptiveRule.parse(text)
     assert rule == AdaptiveRule(
-        "ca-mse", "euclidean", 0.05, 0.0, 0.2, 0.0, 1.5, 0.5, 0.0, 0.1, True, 3, 9, 16, True
+        "ca-mse", "euclidean", 0.05, 0.0, 0.02, 0.2, 0.0, 1.5, 0.5, 0.0, 0.1, True, 3, 9, 16, True
     )  # fmt: skip
     assert len(text.split(",")) == len(dataclasses.fields(AdaptiveRule))
     for field in dataclasses.fields(AdaptiveRule):
@@ -35,7 +35,7 @@ shares = st.floats(0, 0.4)
 
 
 @given(
-    overhead=shares, exploration=shares, start=shares, finish=shares, half_life=st.floats(1e-3, 10),
+    overhead=shares, exploration=shares, mix=shares, start=shares, finish=shares, half_life=st.floats(1e-3, 10),
     confidence=st.floats(0, 1e6), tolerance=st.floats(0, 9), dwell=shares,
     monotone=st.booleans(), minimum=st.integers(3, 8), maximum=st.integers(8, 99), sub_batch=st.integers(0, 512),
     frozen=st.booleans(), criterion=st.sampled_from(["descent", "ca-mse", "descent-batch"]),

@@ -3,10 +3,11 @@
     python -m benchmarks.adaptive.fairness [--seeds 0 1 2] [--device cpu] [--quick]
 
 From checkpoints of mixed runs (those of `benchmarks.adaptive.training`, which are made where they are missing) training
-goes on in three ways: mixed, under the reference alone, and under one accelerated strategy alone; of the latter, it is
-then mixed again. On the way every strategy is measured, with SUB_BATCHES sub-batches, enough to tell by how much its
-gradient is aligned with the reference's, <E g, G> / |G|^2, and its score by `descent`, both in the optimizer's metric.
-`results/fairness.json` keeps them. Checkpoints and cubes lie in `build/adaptive/fairness`.
+goes on mixed, under the reference alone, or under one accelerated strategy alone; from checkpoints of a run that had
+that strategy from the start it is mixed for a moment. On the way every strategy is measured, with SUB_BATCHES
+sub-batches, enough to tell by how much its gradient is aligned with the reference's, <E g, G> / |G|^2, and its score by
+`descent`, both in the optimizer's metric. `results/fairness.json` keeps them. Checkpoints and cubes lie in
+`build/adaptive/fairness`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.adaptive.training import BUDGET, WORK, Setup, run_arm
+from benchmarks.adaptive.training import BUDGET, MODEL, WORK, run_arm
+from benchmarks.arms import Setup
 from benchmarks.branch import branch
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, table
 from gradscope import ProfileOptions, open_cube, profile
-from gradscope.checkpoints import list_steps
+from gradscope.checkpoints import list_steps, load_checkpoint
 from gradscope.cube import profile_of
 from gradscope.files import write_text
 from gradscope.tasks import PretrainTask
@@ -40,7 +42,7 @@ COMMAND = "python -m benchmarks.adaptive.fairness"
 ALONE = Strategy(patch=7, dropout=0)
 CHECKPOINTS = (1, 2)  # of the mixed run's: a quarter and half of its budget
 STRETCHES = (3e3, 12e3)  # units trained on: 0.5 and 2 % of the budget
-AGAIN = (1.5e3, 3e3, 6e3)  # units mixed after the longest stretch of ALONE
+AGAIN = (1.5e3, 3e3, 6e3)  # units mixed after ALONE: 0.25, 0.5 and 1 % of the budget
 SUB_BATCHES = 40
 
 
@@ -65,36 +67,33 @@ def measure(folder: Path, device: str, sub_batches: int) -> dict[str, Any]:
 
 def run_seed(seed: int, setup: Setup, sub_batches: int) -> list[dict[str, Any]]:
     """All measurements of a seed, as JSON values: `trained` tells how, `units` for how long."""
-    run_arm(setup, "mixed", seed)
+    for arm in ("mixed", "patch7"):
+        run_arm(setup, arm, seed)
+    setting, _, _ = load_run(list_steps(setup.path("mixed", seed))[0])
+    strategies, reference = PretrainTask(setting).grid.strategies(), PretrainTask(setting).grid.reference
+    mixed = mixture_by_budget([(s, 1 / len(strategies), setting.cost(s)) for s in strategies])
+    ways: dict[str, Callable[[int], Strategy]] = {
+        "mixed": lambda step: draw_from(mixed, seed=1, step=step),
+        "reference alone": lambda step: reference,
+        f"{ALONE} alone": lambda step: ALONE,
+    }
     found = []
     for number in CHECKPOINTS:
-        start = list_steps(setup.path("mixed", seed))[number]
-        setting, _, content = load_run(start)
-        strategies = PretrainTask(setting).grid.strategies()
-        mixed = mixture_by_budget([(s, 1 / len(strategies), setting.cost(s)) for s in strategies])
-        reference = PretrainTask(setting).grid.reference
-        ways: dict[str, Callable[[int], Strategy]] = {
-            "mixed": lambda step, m=mixed: draw_from(m, seed=1, step=step),  # type: ignore[misc]
-            "reference alone": lambda step, r=reference: r,  # type: ignore[misc]
-            f"{ALONE} alone": lambda step: ALONE,
-        }
-        base = setup.folder / "fairness" / f"{seed}-{number}"
-
-        def along(way: str, source: Path, units: tuple[float, ...], base: Path = base, ways: Any = ways) -> list[Path]:
-            folders = [base / f"{way} {u:g}".replace(" ", "-").replace(",", "-") for u in units]
-            return branch(source, ways[way.removesuffix(" again")], units, folders, setup.device)
-
-        paths = {("mixed", 0.0): along("mixed", start, (0.0,))[0]}
-        for way in ways:
-            paths |= {(way, u): p for u, p in zip(STRETCHES, along(way, start, STRETCHES), strict=True)}
-        # `ways` are asked by step, so that mixing again draws other strategies than before
-        again = along("mixed again", paths[f"{ALONE} alone", STRETCHES[-1]], AGAIN)
-        paths |= {("mixed again", u): p for u, p in zip(AGAIN, again, strict=True)}
-        fraction = content["units"] / setting.config.budget
-        for (way, units), path in paths.items():
-            here = {"seed": seed, "fraction": round(fraction, 3), "trained": way, "units": units}
-            found.append(here | measure(path.parent, setup.device, sub_batches))
-            print(f"seed {seed} at {fraction:.2f}, {way} {units:,.0f} units: {found[-1]['alignment']}", flush=True)
+        for arm, trained, way, stretches in (
+            ("mixed", "mixed", "mixed", (0.0, *STRETCHES)),
+            ("mixed", "mixed, then reference alone", "reference alone", STRETCHES),
+            ("mixed", f"mixed, then {ALONE} alone", f"{ALONE} alone", STRETCHES),
+            ("patch7", f"{ALONE} from the start", "mixed", (0.0,)),
+            ("patch7", f"{ALONE} from the start, then mixed", "mixed", AGAIN),
+        ):
+            start = list_steps(setup.path(arm, seed))[number]
+            fraction = load_checkpoint(start)["units"] / setup.budget
+            base = setup.folder / "fairness" / f"{arm}-{seed}-{number}"
+            folders = [base / f"{way} {units:g}".replace(" ", "-").replace(",", "-") for units in stretches]
+            for units, path in zip(stretches, branch(start, ways[way], stretches, folders, setup.device), strict=True):
+                here = {"seed": seed, "fraction": round(fraction, 3), "trained": trained, "units": units}
+                found.append(here | measure(path.parent, setup.device, sub_batches))
+                print(f"{here}: {found[-1]['alignment']}", flush=True)
     return found
 
 
@@ -107,7 +106,7 @@ def rows(file: Path = FILE) -> list[Row]:
     made = []
     for way, units in sorted({(p["trained"], p["units"]) for p in found}, key=_order):
         here = [p for p in found if (p["trained"], p["units"]) == (way, units)]
-        share = f"{way}, {units / content['budget']:.2%} of the budget" if units else "mixed run, as it is"
+        share = f"{way}, {units / content['budget']:.2%} of the budget" if units else f"{way} of the run"
         for what, values in (
             ("alignment <E g, G> / |G|^2", [p["alignment"][str(ALONE)] for p in here]),
             ("descent over the reference's", [_relative(p) for p in here]),
@@ -128,9 +127,9 @@ def _relative(point: dict[str, Any]) -> float:
     return float(point["descent"][str(ALONE)] / reference)
 
 
-def _order(key: tuple[str, float]) -> tuple[int, float]:
-    ways = ["mixed", f"{ALONE} alone", "mixed again", "reference alone"]
-    return ways.index(key[0]), key[1]
+def _order(key: tuple[str, float]) -> tuple[bool, int, str, float]:
+    trained, units = key
+    return trained.startswith(str(ALONE)), len(trained), trained, units
 
 
 def main() -> int:
@@ -139,9 +138,9 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one seed of few samples; writes no results")
     options = parser.parse_args()
-    setup = Setup(BUDGET, options.device, WORK, samples=0, quiet=True)
+    setup = Setup(MODEL, BUDGET, options.device, WORK, quiet=True)
     if options.quick:
-        setup = Setup(6e3, options.device, WORK.parent / "adaptive-quick", samples=0, quiet=True)
+        setup = Setup(MODEL, 6e3, options.device, WORK.parent / "adaptive-quick", quiet=True)
     seeds = options.seeds[:1] if options.quick else options.seeds
     points = [p for seed in seeds for p in run_seed(seed, setup, 4 if options.quick else SUB_BATCHES)]
     if not options.quick:

@@ -16,53 +16,41 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arms import (
+    ROOT,
+    Model,
+    Offline,
+    Setup,
+    make_schedule,
+    points_of,
+    probe_facts,
+    run_all,
+    stages_of,
+    told,
+    train_arm,
+)
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, table
-from gradscope.config import TrainConfig
-from gradscope.cube import open_cube
 from gradscope.errors import GradscopeError
 from gradscope.files import write_text
-from gradscope.runlog import read_log
-from schedulers import load_schedule, parse_count
+from schedulers import parse_count
 
-ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "adaptive"
 FOLDER = Path(__file__).parent / "results"
 COMMAND = "python -m benchmarks.adaptive.training"
-PATCH = 4
-PATCHES, DROPOUTS = (4, 7, 14), (0.0, 0.5)
-GRID = f"patch={','.join(map(str, PATCHES))};dropout={','.join(f'{d:g}' for d in DROPOUTS)}"
+MODEL = Model(patch=4, patches=(4, 7, 14), dropouts=(0.0, 0.5))
 BUDGET = 600e3
-BATCH = 64
-IMAGE_SIZE = 28
-PROFILE_SHARE = 0.25  # of the budget: what a profile may cost at most
-LEAST_SUB_BATCHES = 8  # of a cell, below which a profile's race does not start
+UNTOUCHED = 8  # the seeds from here on were run after the last change of the policy, whose settings the others led to
 OVERHEAD = 0.03  # of the budget: what the probes of the online arm may cost
 QUICK_ONLINE = "online:overhead=0.9"  # 3 % of a tiny budget does not pay for a probe
 SHOWN = "none; shown for comparison"
-
-
-@dataclass(frozen=True)
-class Offline:
-    """An arm whose schedule is made from a profile of another arm's checkpoints.
-
-    `decision`: options of both `profile` and `optimize`; `optimize`: further ones of the latter.
-    """
-
-    pilot: str
-    decision: tuple[str, ...] = ()
-    optimize: tuple[str, ...] = ()
-
 
 CONSTANTS = {
     "patch4-dropout0.5": "patch=4,dropout=0.5",
@@ -87,141 +75,22 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What all runs have in common; `folder` is where they lie."""
+def run_arm(setup: Setup, arm: str, seed: int, online: str = "") -> dict[str, Any]:
+    """Train one arm, or continue it, and tell what it reached and cost, as JSON values.
 
-    budget: float
-    device: str
-    folder: Path
-    samples: int  # most per cell of a profile
-    online: str = ""  # another rule than the arm's
-    train: tuple[str, ...] = ()  # more options of `gradscope train`
-    quiet: bool = False
-
-    def path(self, arm: str, seed: int, ending: str = "") -> Path:
-        return self.folder / f"{arm}-{seed}{ending}"
-
-    def gradscope(self, *arguments: str) -> None:
-        """Run the command on one thread. Raises CalledProcessError when it fails."""
-        command = [sys.executable, "-m", "gradscope", *arguments]
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    @property
-    def watched(self) -> tuple[str, ...]:
-        """Options of the commands that show their progress: none of it where several run side by side."""
-        return ("--device", self.device, *(["--quiet"] if self.quiet else []))
-
-
-def profile_samples(budget: float, checkpoints: int) -> int:
-    """Most samples per cell with which a profile costs at most PROFILE_SHARE of `budget`, in whole sub-batches.
-
-    Never fewer than LEAST_SUB_BATCHES of them.
+    `online`: another rule than the arm's.
     """
-    config = TrainConfig.for_run("mocov3", "demo", budget=budget, patch=PATCH, patches=PATCHES, dropouts=DROPOUTS)
-    costs = [config.cost(IMAGE_SIZE, strategy) for strategy in config.grid(IMAGE_SIZE).strategies()]
-    sub_batches = int(PROFILE_SHARE * budget / (checkpoints * sum(costs) * BATCH))
-    return BATCH * max(sub_batches, LEAST_SUB_BATCHES)
-
-
-def run_arm(setup: Setup, arm: str, seed: int) -> dict[str, Any]:
-    """Train one arm, or continue it, and tell what it reached and cost, as JSON values."""
     offline = OFFLINE.get(arm)
     extra: dict[str, Any] = {}
     if offline is None:
-        schedule = setup.online or ONLINE[arm] if arm in ONLINE else SCHEDULES[arm]
+        schedule = online or ONLINE[arm] if arm in ONLINE else SCHEDULES[arm]
     else:
-        schedule, extra = make_schedule(setup, arm, offline, seed)
-    out = setup.path(arm, seed)
-    setup.gradscope(
-        "train", "--budget", f"{setup.budget:.0f}", "--schedule", schedule, "--method", "mocov3",
-        "--data", "fashion-mnist-10k", "--patch", str(PATCH), "--grid", GRID, "--batch-size", str(BATCH),
-        "--seed", str(seed), "--out", str(out), *setup.train, *setup.watched,
-    )  # fmt: skip
-    log = read_log(out)
+        schedule, extra = make_schedule(setup, arm, offline, seed, setup.path(offline.pilot, seed))
+    log = train_arm(setup, arm, seed, schedule)
     if arm in ONLINE:
+        out = setup.path(arm, seed)
         extra = {**probe_facts(out, log), "stages": stages_of(out / "schedule.json")}
-    kept = ("step", "units", "samples", "seconds", "accuracy")
-    return {
-        "points": [{name: row[name] for name in kept} for row in log if "accuracy" in row],
-        **extra,
-        "date": str(datetime.date.today()),
-    }
-
-
-def make_schedule(setup: Setup, arm: str, offline: Offline, seed: int) -> tuple[str, dict[str, Any]]:
-    """Profile the pilot and optimize: the schedule's file, and what it cost and is."""
-    pilot, cube = setup.path(offline.pilot, seed), setup.path(arm, seed, ".nc")
-    plan = setup.path(arm, seed, ".json")
-    setup.gradscope(
-        "profile", str(pilot), "-o", str(cube), "--samples", str(setup.samples), "--seed", str(seed),
-        *offline.decision, *setup.watched,
-    )  # fmt: skip
-    setup.gradscope(
-        "optimize", str(cube), "--budget", f"{setup.budget:.0f}", "--out", str(plan),
-        *offline.decision, *offline.optimize,
-    )  # fmt: skip
-    facts = {
-        "pilot": offline.pilot,
-        "pilot_units": read_log(pilot)[-1]["units"],
-        "profile_units": float(open_cube(cube).attrs["units"]),
-        "stages": stages_of(plan),
-    }
-    return str(plan), facts
-
-
-def stages_of(path: Path) -> list[list[Any]]:
-    """(start, end, probability per step of each strategy) of the stages of a schedule's file, by fraction of budget."""
-    return [
-        [round(stage.start, 4), round(stage.end, 4), {str(strategy): round(p, 4) for strategy, p in stage.mixture}]
-        for stage in load_schedule(path).stages
-    ]
-
-
-def probe_facts(out: Path, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the probes of an online run cost, in units and in seconds.
-
-    The units are those of the schedule, which also counts the samples on which strategies were tried at the start.
-    """
-    probes = [row for row in log if "probe" in row]
-    units = float(load_schedule(out / "schedule.json").constraints["probe_units"])
-    seconds = sum(row["probe_seconds"] for row in probes)
-    return {"probes": len(probes), "probe_units": units, "probe_seconds": round(seconds, 3)}
-
-
-def run_all(
-    setup: Setup, arms: Sequence[str], seeds: Sequence[int], workers: int
-) -> Iterator[tuple[str, int, Future[dict[str, Any]]]]:
-    """Every arm for every seed, arm after arm, as each is done; a pilot that was not asked for runs all the same.
-
-    An offline arm waits for its pilot, which has begun before it, so that workers cannot wait for each other.
-    """
-    wanted = {*arms, *(OFFLINE[arm].pilot for arm in arms if arm in OFFLINE)}
-    waiting: dict[tuple[str, int], Future[dict[str, Any]]] = {}
-
-    def after_pilot(arm: str, seed: int) -> dict[str, Any]:
-        pilot = OFFLINE[arm].pilot if arm in OFFLINE else None
-        if pilot is not None and waiting[pilot, seed].exception() is not None:
-            raise GradscopeError(f"its pilot {pilot}-{seed} failed")
-        return run_arm(setup, arm, seed)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for arm in (arm for arm in ARMS if arm in wanted):
-            for seed in seeds:
-                waiting[arm, seed] = pool.submit(after_pilot, arm, seed)
-        names = {future: name for name, future in waiting.items()}
-        try:
-            for future in as_completed(names):
-                yield *names[future], future
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _told(error: subprocess.CalledProcessError | GradscopeError) -> str:
-    if isinstance(error, subprocess.CalledProcessError):
-        return f"gradscope {error.cmd[3]} ended with exit code {error.returncode}"
-    return str(error)
+    return {"points": points_of(log), **extra, "date": str(datetime.date.today())}
 
 
 def read_results(folder: Path = FOLDER) -> list[dict[str, Any]]:
@@ -261,8 +130,12 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
         best = max(others, key=means.__getitem__)
         made.append(_paired(row, complete, best))
         further = [found for found in partial if {"online", best} <= set(found["arms"])]
-        if further:
-            made.append(_paired(_row_maker(further), further, best, "seeds on which nothing was chosen: "))
+        for which, some in (
+            ("further seeds", [found for found in further if found["seed"] < UNTOUCHED]),
+            ("seeds on which nothing was chosen", [found for found in further if found["seed"] >= UNTOUCHED]),
+        ):
+            if some:
+                made.append(_paired(_row_maker(some), some, best, f"{which}: "))
     for arm in (arm for arm in OFFLINE if arm in present):
         shares = _values(results, arm, lambda run, budget: run["profile_units"] / budget)
         made.append(row(f"cost of the profile for '{arm}' over the budget of one run", shares, "fraction", SHOWN, True))
@@ -351,23 +224,27 @@ def main() -> int:
     if options.quick:
         options.seeds, options.budget = options.seeds[:1], 3e3
         few = ("--set", "checkpoints=(0,1)", "--set", "evaluations=(1,)")
-        setup = Setup(options.budget, options.device, WORK / "quick", profile_samples(3e3, 2), QUICK_ONLINE, few)
+        setup = Setup(MODEL, 3e3, options.device, WORK / "quick", MODEL.profile_samples(3e3, 2), few)
     else:
-        samples = profile_samples(options.budget, 5)
-        setup = Setup(options.budget, options.device, WORK, samples, quiet=options.workers > 1)
+        samples = MODEL.profile_samples(options.budget, 5)
+        setup = Setup(MODEL, options.budget, options.device, WORK, samples, quiet=options.workers > 1)
     results = {} if options.quick else {found["seed"]: found for found in read_results()}
     if any(found["budget"] != options.budget for found in results.values()):
         parser.error(f"{FOLDER} holds runs of another budget than {options.budget:,.0f}; move them away")
     for folder in (setup.folder, *(() if options.quick else (FOLDER,))):
         folder.mkdir(parents=True, exist_ok=True)
     failed = []
-    for arm, seed, done in run_all(setup, options.arms, options.seeds, options.workers):
+    online = QUICK_ONLINE if options.quick else ""
+    pilots = {arm: offline.pilot for arm, offline in OFFLINE.items() if arm in options.arms}
+    arms = [arm for arm in ARMS if arm in {*options.arms, *pilots.values()}]
+    runs = run_all(lambda a, s: run_arm(setup, a, s, online), arms, pilots, options.seeds, options.workers)
+    for arm, seed, done in runs:
         try:
             run = done.result()
         except (subprocess.CalledProcessError, GradscopeError) as error:
-            failed.append(f"{arm}-{seed}: {_told(error)}")
+            failed.append(f"{arm}-{seed}: {told(error)}")
             continue
-        found = results.setdefault(seed, {"seed": seed, "budget": options.budget, "grid": GRID, "arms": {}})
+        found = results.setdefault(seed, {"seed": seed, "budget": options.budget, "grid": MODEL.grid, "arms": {}})
         found["device"] = device_text(options.device, 1)
         found["arms"][arm] = run
         found["arms"] = {name: found["arms"][name] for name in ARMS if name in found["arms"]}

@@ -75,7 +75,7 @@ def test_rows_of_fairness_are_medians(tmp_path: Path) -> None:
             "descent": {str(SMALL): 0.2, str(LARGE): 0.2 * alignment},
         }  # fmt: skip
 
-    points = [point("mixed", 0.0, a) for a in (0.6, 0.7, 0.9)] + [point(f"{LARGE} alone", 3000.0, 0.5)]
+    points = [point("mixed", 0.0, a) for a in (0.6, 0.7, 0.9)] + [point(f"mixed, then {LARGE} alone", 3000.0, 0.5)]
     file = tmp_path / "fairness.json"
     file.write_text(fairness.json.dumps({"budget": 6e5, "device": "d", "date": "2026-01-01", "points": points}))
     found = [parse_row(vars(row), "here") for row in fairness.rows(file)]

@@ -125,29 +125,22 @@ def points_of(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in KEPT} for row in log if "accuracy" in row]
 
 
-def make_schedule(
-    setup: Setup, arm: str, offline: Offline, seed: int, pilot: Path, cube: Path | None = None
-) -> tuple[str, dict[str, Any]]:
-    """Profile the run in `pilot` and optimize for the setup's budget: the schedule's file, and what it cost and is.
-
-    `cube`: by default beside the run.
-    """
-    cube, plan = cube or setup.path(arm, seed, ".nc"), setup.path(arm, seed, ".json")
+def profile_pilot(setup: Setup, pilot: Path, cube: Path, seed: int, offline: Offline) -> dict[str, Any]:
+    """Profile the run in `pilot` into `cube`, or continue that, and tell what both cost in units."""
     setup.gradscope(
         "profile", str(pilot), "-o", str(cube), "--samples", str(setup.samples), "--seed", str(seed),
         *offline.decision, *setup.watched,
     )  # fmt: skip
+    profile_units = float(open_cube(cube).attrs["units"])
+    return {"pilot": offline.pilot, "pilot_units": read_log(pilot)[-1]["units"], "profile_units": profile_units}
+
+
+def find_schedule(setup: Setup, cube: Path, plan: Path, offline: Offline) -> None:
+    """Find the schedule for the setup's budget in a cube, into the file `plan`."""
     setup.gradscope(
         "optimize", str(cube), "--budget", f"{setup.budget:.0f}", "--out", str(plan),
         *offline.decision, *offline.optimize,
     )  # fmt: skip
-    facts = {
-        "pilot": offline.pilot,
-        "pilot_units": read_log(pilot)[-1]["units"],
-        "profile_units": float(open_cube(cube).attrs["units"]),
-        "stages": stages_of(plan),
-    }
-    return str(plan), facts
 
 
 def stages_of(path: Path) -> list[list[Any]]:

@@ -106,7 +106,7 @@ def rows(file: Path = FILE) -> list[Row]:
     made = []
     for way, units in sorted({(p["trained"], p["units"]) for p in found}, key=_order):
         here = [p for p in found if (p["trained"], p["units"]) == (way, units)]
-        share = f"{way}, {units / content['budget']:.2%} of the budget" if units else f"{way} of the run"
+        share = f"{way}, {units / content['budget']:.2%} of the budget" if units else f"{way}, as it is"
         for what, values in (
             ("alignment <E g, G> / |G|^2", [p["alignment"][str(ALONE)] for p in here]),
             ("descent over the reference's", [_relative(p) for p in here]),
@@ -145,7 +145,7 @@ def main() -> int:
     points = [p for seed in seeds for p in run_seed(seed, setup, 4 if options.quick else SUB_BATCHES)]
     if not options.quick:
         content = {
-            "budget": BUDGET, "sub_batches": SUB_BATCHES, "device": device_text(options.device),
+            "budget": BUDGET, "sub_batches": SUB_BATCHES, "device": device_text(options.device, 1),
             "date": str(datetime.date.today()), "points": points,
         }  # fmt: skip
         write_text(FILE, json.dumps(content, indent=1) + "\n")

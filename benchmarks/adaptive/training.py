@@ -28,9 +28,10 @@ from benchmarks.arms import (
     Model,
     Offline,
     Setup,
-    make_schedule,
+    find_schedule,
     points_of,
     probe_facts,
+    profile_pilot,
     run_all,
     stages_of,
     told,
@@ -85,7 +86,10 @@ def run_arm(setup: Setup, arm: str, seed: int, online: str = "") -> dict[str, An
     if offline is None:
         schedule = online or ONLINE[arm] if arm in ONLINE else SCHEDULES[arm]
     else:
-        schedule, extra = make_schedule(setup, arm, offline, seed, setup.path(offline.pilot, seed))
+        cube, plan = setup.path(arm, seed, ".nc"), setup.path(arm, seed, ".json")
+        extra = profile_pilot(setup, setup.path(offline.pilot, seed), cube, seed, offline)
+        find_schedule(setup, cube, plan, offline)
+        schedule, extra = str(plan), extra | {"stages": stages_of(plan)}
     log = train_arm(setup, arm, seed, schedule)
     if arm in ONLINE:
         out = setup.path(arm, seed)

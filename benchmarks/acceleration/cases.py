@@ -1,0 +1,87 @@
+"""What is compared: cases (a method, a model, data, a grid, budgets) and arms (how the schedule of a run is made).
+
+The aim of a case is the paper's: how many times less budget gives the accuracy of no acceleration (its Figure 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.arms import Model, Offline
+
+PAPER = ("--criterion", "ca-mse", "--metric", "euclidean")
+FRACTION = ("--progress", "fraction")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`schedule`: the text of `gradscope train --schedule`, or `offline`: what it is made from.
+
+    `least`: share of the case's largest budget below which it is not run.
+    """
+
+    title: str
+    schedule: str = ""
+    offline: Offline | None = None
+    least: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Budgets in units, ascending; pilots have the largest. `aim`: times less budget."""
+
+    name: str
+    model: Model
+    budgets: tuple[float, ...]
+    aim: float
+    constants: Mapping[str, str]
+    hand_made: str
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """By name, a pilot before what needs it."""
+        return {
+            "none": Arm("no acceleration", "none"),
+            "mixed": Arm("every step drawn from the grid", "mixed"),
+            **{name: Arm(f"constant {text}", text) for name, text in self.constants.items()},
+            "hand-made": Arm(f"made by hand: {self.hand_made}", self.hand_made),
+            "paper": Arm("ca-mse, fraction, from the unaccelerated run", offline=Offline("none", PAPER, FRACTION)),
+            "paper-again": Arm("ca-mse, fraction, from the run of 'paper'", offline=Offline("paper", PAPER, FRACTION)),
+            "paper-mixed": Arm("ca-mse, fraction, from the mixed run", offline=Offline("mixed", PAPER, FRACTION)),
+            "descent": Arm("descent, trajectory, from the mixed run", offline=Offline("mixed")),
+            "descent-fraction": Arm("descent, fraction, from the mixed run", offline=Offline("mixed", (), FRACTION)),
+            "descent-explore": Arm(
+                "descent, trajectory, from the mixed run, 10 % exploration",
+                offline=Offline("mixed", (), ("--exploration", "0.1")),
+            ),
+            "descent-none": Arm("descent, trajectory, from the unaccelerated run", offline=Offline("none")),
+            "online": Arm("online, probes charged", "online", least=0.25),
+        }
+
+
+CONSTANTS = {
+    "patch4": "patch=4",
+    "patch4-dropout0.5": "patch=4,dropout=0.5",
+    "patch7": "patch=7",
+    "patch14": "patch=14",
+}
+HAND_MADE = "patch=7@0.4;patch=4@0.85;patch=2"
+BUDGETS = (15e3, 30e3, 60e3, 120e3, 240e3)
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("mocov3", Model(2, (2, 4, 7, 14), (0.0, 0.5)), BUDGETS, 4.0, CONSTANTS, HAND_MADE),
+        Case("simclr", Model(2, (2, 4, 7, 14), (0.0, 0.5), method="simclr"), BUDGETS, 3.3, CONSTANTS, HAND_MADE),
+        Case(
+            "dino",
+            Model(2, (2, 4, 7, 14), (0.0, 0.5), method="dino", options=("--lr", "1e-3", "--set", "small_crops=0")),
+            BUDGETS,
+            2.5,
+            CONSTANTS,
+            HAND_MADE,
+        ),
+    )
+}
+"""The demo's ViT and 28-pixel images at base patch 2: 197 tokens, as long as the paper's base grid."""

@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,8 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
         ):
             if some:
                 made.append(_paired(_row_maker(some), some, best, f"{which}: "))
+        if len(further) > 1:
+            made.append(_over_all([*complete, *further], best))
     for arm in (arm for arm in OFFLINE if arm in present):
         shares = _values(results, arm, lambda run, budget: run["profile_units"] / budget)
         made.append(row(f"cost of the profile for '{arm}' over the budget of one run", shares, "fraction", SHOWN, True))
@@ -169,6 +173,19 @@ def _paired(row: Callable[..., Row], results: Sequence[dict[str, Any]], best: st
     )
     aim = "not below 0 in the mean"
     return row(claim, differences, "fraction", aim, statistics.fmean(differences) >= 0)
+
+
+def _over_all(results: Sequence[dict[str, Any]], best: str) -> Row:
+    """Online minus the arm `best`, the mean over all seeds with its 95 % interval (normal)."""
+    pairs = zip(_values(results, "online", _final), _values(results, best, _final), strict=True)
+    differences = [online - other for online, other in pairs]
+    mean = statistics.fmean(differences)
+    wide = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+    row = _row_maker(results)(
+        f"kNN accuracy, online minus '{best}', mean over all seeds that have both, with its 95 % interval",
+        [mean - wide, mean, mean + wide], "fraction", "an interval that is not below 0", mean + wide >= 0,
+    )  # fmt: skip
+    return replace(row, runs=len(differences))
 
 
 def _final(run: dict[str, Any], budget: float) -> float:

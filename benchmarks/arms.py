@@ -44,7 +44,7 @@ class Offline:
 class Model:
     """What is trained, on what, with which strategies: the base `patch`, and the grid's `patches` and `dropouts`.
 
-    `image_size` in pixels, for costs. `options`: further ones of `gradscope train`.
+    `image_size` in pixels, for costs. `settings`: further ones of `gradscope train --set`, `options`: other options.
     """
 
     patch: int
@@ -54,6 +54,7 @@ class Model:
     data: str = "fashion-mnist-10k"
     image_size: int = 28
     batch_size: int = 64
+    settings: tuple[tuple[str, Any], ...] = ()
     options: tuple[str, ...] = ()
 
     @property
@@ -66,6 +67,7 @@ class Model:
         return (
             "--method", self.method, "--data", self.data, "--patch", str(self.patch), "--grid", self.grid,
             "--batch-size", str(self.batch_size), *self.options,
+            *(word for name, value in self.settings for word in ("--set", f"{name}={value}")),
         )  # fmt: skip
 
     def profile_samples(self, budget: float, checkpoints: int) -> int:
@@ -74,8 +76,9 @@ class Model:
         Never fewer than LEAST_SUB_BATCHES of them.
         """
         config = TrainConfig.for_run(
-            self.method, "demo", budget=budget, patch=self.patch, patches=self.patches, dropouts=self.dropouts
-        )
+            self.method, "demo", budget=budget, patch=self.patch, patches=self.patches, dropouts=self.dropouts,
+            **dict(self.settings),
+        )  # fmt: skip
         costs = [config.cost(self.image_size, strategy) for strategy in config.grid(self.image_size).strategies()]
         sub_batches = int(PROFILE_SHARE * budget / (checkpoints * sum(costs) * self.batch_size))
         return self.batch_size * max(sub_batches, LEAST_SUB_BATCHES)

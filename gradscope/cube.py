@@ -345,8 +345,12 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         influence=_influence(here, done, reference),
         pilot=pilot,
     )
-    trained = training.get("batch_size")  # an online run's, whose probes may have had smaller sub-batches
-    return profile if trained is None else profile.for_batch(int(trained))
+    if cube.attrs.get("source") != "gradscope online" or "batch_size" not in training:
+        return profile
+    trained = training["batch_size"]  # probes may have had other sub-batches
+    if isinstance(trained, bool) or not isinstance(trained, int) or trained < 1:
+        raise CubeError(f"the cube's attribute training_json is damaged (batch_size={trained!r})")
+    return profile.for_batch(trained)
 
 
 def _covariance(here: xr.Dataset, done: NDArray[np.bool_], reference: int) -> NDArray[np.float64]:

@@ -28,6 +28,7 @@ from schedulers.schedule import Schedule, Stage
 from schedulers.strategy import Grid, Strategy
 
 VERSION = 2
+MIXED = 0.1  # of the way from one probe to the next, which may be mixed at most
 ALIKE = 0.05  # share of the best score within which the first choice is the cheapest strategy
 
 
@@ -75,6 +76,7 @@ class AdaptivePolicy:
             [],
         )
         self.probe_units = 0.0
+        self._told = 0.0  # fraction of the budget after the last probe
         self._in_vain = 0.0  # what failed probes would have cost: the next one is as far away as if they had
         self._left_out: set[Strategy] = set()
         self._decisions = [Decision(0, 0.0, None, self.strategies, 1.0, "start")]
@@ -130,9 +132,12 @@ class AdaptivePolicy:
     def advance(self, step: int, spent: float) -> None:
         """Note that `step` is done and that `spent` units are: begins the finish, or to mix, when it is time."""
         finish = self.rule.finish
-        if self.rule.frozen or self.finishing:
+        if self.finishing:
             return
-        if finish and spent >= (1 - finish) * self.budget:
+        if self.rule.frozen:
+            if self.mixing:  # a state that was loaded all the same
+                self._decide(step + 1, spent, self.incumbent, "resume")
+        elif finish and spent >= (1 - finish) * self.budget:
             if self.grid.reference in self.candidates:
                 self._decide(step + 1, spent, self.grid.reference, "finish")
         elif self.incumbent is not None and self._to_mix(spent) != self.mixing:
@@ -146,8 +151,7 @@ class AdaptivePolicy:
         plan = self.planner.plan(self.candidates, self.incumbent, cap, 0.0)
         if plan is None or self.planner.shorter(plan, min(cap - self.probe_units, self.budget - spent), 0.0) is None:
             return False
-        way = (1 - self.rule.finish - self.rule.start) * self.planner.last_units / cap
-        return abs(spent / self.budget - due) < min(self.rule.mix, way / 2)
+        return abs(spent / self.budget - due) < min(self.rule.mix, MIXED * (due - self._told))
 
     def _due(self) -> float:
         """Fraction of the budget at which the next probe is due, after the first one."""
@@ -190,6 +194,7 @@ class AdaptivePolicy:
         itself could not be measured, nothing changes.
         """
         verdict = self._tell(step, spent, units, found, failed)
+        self._told = spent / self.budget
         if self.mixing:
             self._decide(step + 1, spent, self._decisions[-1].strategy, "resume")
         return verdict
@@ -361,6 +366,7 @@ class AdaptivePolicy:
             "evidence": self.evidence.state(),
             "probe_units": self.probe_units,
             "in_vain": self._in_vain,
+            "told": self._told,
             "planner": self.planner.state(),
             "left_out": [str(s) for s in self.strategies if s in self._left_out],
             "decisions": [
@@ -397,6 +403,7 @@ class AdaptivePolicy:
                 raise KeyError("decisions")
             left_out = {self._named(text) for text in state["left_out"]}
             probe_units, in_vain = float(state["probe_units"]), float(state["in_vain"])
+            last = float(state.get("told", 0.0))  # states of the first days have none
             probes = self.evidence.read(state["evidence"])
             self.planner.load(state["planner"])
         except OtherRunError:
@@ -405,7 +412,7 @@ class AdaptivePolicy:
             raise GradscopeError(
                 f"the state of the online policy is damaged ({type(error).__name__}: {error})"
             ) from error
-        self.evidence.probes, self._in_vain = probes, in_vain
+        self.evidence.probes, self._in_vain, self._told = probes, in_vain, last
         self.probe_units, self._decisions, self._left_out = probe_units, decisions, left_out
         self._mixtures = []
 

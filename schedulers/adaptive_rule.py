@@ -22,7 +22,7 @@ class AdaptiveRule:
     - `criterion` and `metric`: what strategies are compared by (design §4).
     - `overhead`: hard cap on what probes cost; 0: no probes, the candidates stay mixed.
     - `exploration`: share that is spread evenly over all candidates, in real training steps. `mix`: the stretch before
-      a probe in which all candidates are mixed, at most half the way from the probe before.
+      a probe in which all candidates are mixed, at most a tenth of the way from the probe before.
     - `start`: where the first probe may come; before it all candidates are mixed. `finish`: the last part, which runs
       on the reference; 0: none.
     - `half_life`: after which a measurement weighs half.

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.acceleration.cases import CASES
 from benchmarks.acceleration.runs import Plan, read_results, run_key
-from benchmarks.acceleration.tables import crossing, curves_of, rows_of, savings
+from benchmarks.acceleration.tables import besides, crossing, curves_of, rows_of, savings
 from benchmarks.summary import parse_row
 from schedulers import parse_schedule
 from schedulers.strategy import Strategy
@@ -73,15 +73,16 @@ def results(**accuracies: float) -> list[dict[str, Any]]:
     runs = [
         {
             run_key(arm, budget): {
-                "points": [{"accuracy": accuracy + 0.01 * i + 0.002 * seed, "samples": 1}], "date": "2026-01-01"
+                "points": [{"accuracy": accuracy + 0.01 * i + 0.002 * seed, "samples": 1}],
+                "date": "2026-01-01", "device": "d",
             }
             for arm, accuracy in accuracies.items()
             for i, budget in enumerate(CASE.budgets)
         }
         for seed in (0, 1)
     ]  # fmt: skip
-    cube = {"pilot": "mixed", "pilot_units": 40e3, "profile_units": 4e3, "date": "2026-01-02"}
-    return [{"seed": i, "device": "d", "runs": run | {"cube of mixed, descent": cube}} for i, run in enumerate(runs)]
+    cube = {"pilot": "mixed", "pilot_units": 40e3, "profile_units": 4e3, "date": "2026-01-02", "device": "d"}
+    return [{"seed": i, "runs": run | {"cube of mixed, descent": cube}} for i, run in enumerate(runs)]
 
 
 def test_rows_tell_accuracy_savings_and_costs() -> None:
@@ -89,14 +90,28 @@ def test_rows_tell_accuracy_savings_and_costs() -> None:
     assert all(parse_row(dataclasses.asdict(row), "here") for row in rows)
     by = {row.claim: row for row in rows}
     title = CASE.arms["descent"].title
-    row = by[f"mocov3: times less budget for the accuracy of no acceleration at 40K, {title}"]
+    about = "mocov3: times less budget for the accuracy of no acceleration at 40K"
+    row = by[f"{about}, at least: it is there with its smallest budget, {title}"]
     assert (row.value, row.holds, row.runs) == (4.0, True, 2)
     paid = by[f"mocov3: the same, 44K units of pilot and profile paid by one run, {title}"]
     assert paid.value == pytest.approx(40 / (10 + 44), abs=1e-3)
-    lost = by[f"mocov3: times less budget for the accuracy of no acceleration at 40K, {CASE.arms['paper'].title}"]
+    lost = by[f"{about}, {CASE.arms['paper'].title}"]
     assert (lost.value, lost.holds) == (0, False)
     assert by[f"mocov3: kNN accuracy after 20K units, {title}"].value == pytest.approx(0.631)
     assert rows_of(CASE, []) == [] and rows_of(CASE, results(descent=0.5)) == []
+
+
+def test_what_came_before_a_pilot_is_paid_for_too() -> None:
+    (found, _) = results(none=0.6, paper=0.7)
+    cube = {"pilot_units": 40e3, "profile_units": 4e3}
+    found["runs"] |= {"cube of none, ca-mse": cube, "cube of paper, ca-mse": cube}
+    assert [besides(CASE, found, arm) for arm in ("none", "paper", "paper-again")] == [None, 44e3, 88e3]
+
+
+def test_a_profile_may_cost_a_quarter_of_the_budget_whatever_the_method_has_besides() -> None:
+    for case in CASES.values():
+        sub_batches = case.model.profile_samples(240e3, 5) / case.model.batch_size
+        assert sub_batches == int(sub_batches) > 8
 
 
 def test_a_seed_that_lacks_a_budget_is_left_out_of_that_arm() -> None:

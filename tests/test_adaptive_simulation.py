@@ -99,7 +99,7 @@ def test_what_is_measured_of_a_model_that_trains_under_one_strategy_alone_is_les
 
 
 def test_mixing_before_probes_helps_where_they_would_mislead() -> None:
-    rule, seeds = AdaptiveRule(), range(12)
+    rule, seeds = AdaptiveRule(), range(48)
     mixed, alone = (
         np.mean([run["total"] for run in simulation.run_scenario("unfair", chosen, seeds)])
         for chosen in (rule, simulation.unmixed(rule))
@@ -177,7 +177,8 @@ def test_rows_say_whether_the_bounds_are_kept() -> None:
 
 def test_the_row_of_mixing_says_whether_it_helped() -> None:
     results = small_results()
-    entry = results["scenarios"]["steady"]["descent"]
+    results["scenarios"] = {"unfair": results["scenarios"]["steady"]}
+    entry = results["scenarios"]["unfair"]["descent"]
     for here, holds in ((0.1, True), (-0.1, False)):
         entry["unmixed"] = {"total": {"q50": entry["online"]["total"]["q50"] + here}}
         (row,) = [row for row in simulation.rows(results) if "without mixing before probes" in row.claim]

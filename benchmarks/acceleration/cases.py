@@ -76,7 +76,9 @@ CASES = {
         Case("simclr", Model(2, (2, 4, 7, 14), (0.0, 0.5), method="simclr"), BUDGETS, 3.3, CONSTANTS, HAND_MADE),
         Case(
             "dino",
-            Model(2, (2, 4, 7, 14), (0.0, 0.5), method="dino", options=("--lr", "1e-3", "--set", "small_crops=0")),
+            Model(
+                2, (2, 4, 7, 14), (0.0, 0.5), method="dino", settings=(("small_crops", 0),), options=("--lr", "1e-3")
+            ),
             BUDGETS,
             2.5,
             CONSTANTS,

@@ -169,8 +169,7 @@ def main() -> int:
             failed.append(f"{key}, seed {seed}: {told(error)}")
             continue
         found = results.setdefault(seed, {"case": case.name, "seed": seed, "grid": case.model.grid, "runs": {}})
-        found["device"] = device_text(options.device, 1)
-        found["runs"][key] = run
+        found["runs"][key] = run | {"device": device_text(options.device, 1)}
         if not options.quick:
             FOLDER.mkdir(exist_ok=True)
             found["runs"] = {name: found["runs"][name] for name in sorted(found["runs"])}

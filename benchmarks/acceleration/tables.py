@@ -85,7 +85,7 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
     curves = {arm: found for arm in case.arms if (found := curves_of(case, results, arm))}
     if "none" not in curves:
         return []
-    device = " and ".join(sorted({found["device"] for found in results}))
+    device = " and ".join(sorted({run["device"] for found in results for run in found["runs"].values()}))
     date = max(run["date"] for found in results for run in found["runs"].values())
     made: list[Row] = []
 
@@ -105,10 +105,11 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
         if not both:
             continue
         ratio, low, high = savings(curves_of(case, both, "none"), curves_of(case, both, arm), largest)
+        smallest = min(curves[arm])
+        bound = ", at least: it is there with its smallest budget" if ratio >= largest / smallest else ""
         aimed = arm not in ("mixed", "hand-made", *case.constants)
-        what = (
-            f"times less budget for the accuracy of no acceleration at {format_count(largest)}, {case.arms[arm].title}"
-        )
+        what = f"times less budget for the accuracy of no acceleration at {format_count(largest)}{bound}, "
+        what += case.arms[arm].title
         row(
             what,
             "x",
@@ -117,22 +118,23 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
             not aimed or ratio >= case.aim,
             len(both),
         )
-        costs = [cost for found in both if (cost := _besides(case, found, arm)) is not None]
+        costs = [cost for found in both if (cost := besides(case, found, arm)) is not None]
         if ratio and costs:
-            besides = statistics.fmean(costs)
-            with_cost = largest / (largest / ratio + besides)
-            what = (
-                f"the same, {format_count(besides)} units of pilot and profile paid by one run, {case.arms[arm].title}"
-            )
+            paid = statistics.fmean(costs)
+            with_cost = largest / (largest / ratio + paid)
+            what = f"the same, {format_count(paid)} units of pilot and profile paid by one run, {case.arms[arm].title}"
             row(what, "x", (with_cost, with_cost, with_cost), SHOWN, True, len(costs))
     return made
 
 
-def _besides(case: Case, found: Mapping[str, Any], arm: str) -> float | None:
-    """Units of pilot and profile behind an offline arm; None for others, and where they were not made."""
+def besides(case: Case, found: Mapping[str, Any], arm: str) -> float | None:
+    """Units of pilot and profile behind an offline arm, and of those behind its pilot; None for other arms."""
     offline = case.arms[arm].offline
     facts = None if offline is None else found["runs"].get(cube_key(offline))
-    return None if facts is None else float(facts["pilot_units"] + facts["profile_units"])
+    if offline is None or facts is None:
+        return None
+    before = besides(case, found, offline.pilot)
+    return float(facts["pilot_units"] + facts["profile_units"]) + (before or 0.0)
 
 
 def draw(case: Case, results: Sequence[Mapping[str, Any]], path: Path) -> None:

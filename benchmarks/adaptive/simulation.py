@@ -84,8 +84,9 @@ class Scenario:
     end; <E g, G> / |G|^2 of about .75 at a third of the cost and .3 at a tenth throughout; hardly any bias besides.
 
     `mismatch`: the share of <E g, G> that a strategy lacks while the model trains under one strategy alone, in
-    measurements only; it comes and goes with SETTLES. "unfair" is "measured" with about what was found of that
-    (`benchmarks.adaptive.fairness`).
+    measurements only; it comes and goes with SETTLES. "unfair" is "measured" with a loss as large as the largest that
+    was found (`benchmarks.adaptive.fairness`): it comes at once and whatever runs, where it was found to come slowly,
+    and to turn into a gain while the reference runs.
     """
 
     name: str
@@ -435,8 +436,8 @@ def eager(rule: AdaptiveRule) -> AdaptiveRule:
 
 
 def unmixed(rule: AdaptiveRule) -> AdaptiveRule:
-    """The same rule without mixing before probes, and as much exploration as twelve of these stretches are."""
-    return dataclasses.replace(rule, mix=0.0, exploration=rule.exploration + 12 * rule.mix)
+    """The same rule without mixing before probes, but with about as much exploration in all."""
+    return dataclasses.replace(rule, mix=0.0, exploration=2 * rule.exploration)
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
@@ -475,7 +476,7 @@ def measure(
                 "online": run_scenario(name, chosen, range(seeds)),
                 "eager": run_scenario(name, eager(chosen), range(seeds)),
             }
-            if SCENARIOS[name].mismatch:
+            if name in (MEASURED.name, "unfair"):
                 policies["unmixed"] = run_scenario(name, unmixed(chosen), range(seeds))
             still = [constants(Truth.drawn(SCENARIOS[name], seed), criterion) for seed in range(seeds)]
             policies |= {other: [run[other] for run in still] for other in still[0]}
@@ -578,7 +579,8 @@ def rows(results: Mapping[str, Any] | None = None) -> list[Row]:
                 here, there = (entry[policy]["total"]["q50"] for policy in ("online", "unmixed"))
                 extreme(
                     f"simulated, {scenario}, {criterion}: regret of all units less that without mixing before probes, "
-                    "medians", float(here - there), "1", f"below 0, without it {there:.3g}", bool(here < there),
+                    "medians", float(here - there), "1", f"below 0, without it {there:.3g}" if scenario == "unfair"
+                    else f"at most 0.01, without it {there:.3g}", bool(here - there < (scenario != "unfair") * 0.01),
                 )  # fmt: skip
     for name, claim in (("switches", "switches in a run"), ("returns", "returns to the strategy before in a run")):
         here, there = (np.mean([e[policy][name]["mean"] for e in entries]) for policy in ("online", "eager"))

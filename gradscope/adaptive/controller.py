@@ -112,10 +112,16 @@ class AdaptiveController:
         check: bool = True,
     ) -> None:
         rule = rule or AdaptiveRule()
-        _check_optimizer(model, optimizer)
         self.task, self.model, self.optimizer, self.charge = task, model, optimizer, charge
         self.ranks = current_ranks() if ranks is None else ranks
         self.report: Report = (report or logging.getLogger("gradscope").info) if self.ranks.first else _nobody
+        if (apart := _apart(model, optimizer)) == "copy":
+            raise UsageError(
+                "the optimizer has none of the model's parameters but others like them: give the model that it trains, "
+                "not a copy of that"
+            )
+        if apart:
+            self.report("the optimizer has none of the model's parameters: its second moment is estimated by passes")
         strategies = task.grid.strategies()
         costs = {s: task.cost(s) for s in strategies}
         self.policy = AdaptivePolicy(
@@ -414,15 +420,16 @@ class AdaptiveController:
             self._spent += units
 
 
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def _apart(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
+    """ "" where the optimizer has parameters of the model; else "copy" where they look the same, and "other"."""
     if optimizer is None:
-        return
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in trained for p in model.parameters()):
-        raise UsageError(
-            "the optimizer has none of the model's parameters: give the model that is trained (not a copy of it), and "
-            "the optimizer that was made from its parameters"
-        )
+        return ""
+    trained = [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
+    own = [p for p in model.parameters() if p.requires_grad]
+    if {id(p) for p in trained} & {id(p) for p in own}:
+        return ""
+    looks = [sorted((tuple(p.shape), str(p.dtype)) for p in group) for group in (trained, own)]
+    return "copy" if looks[0] == looks[1] else "other"  # master copies of another precision, shards
 
 
 def _nobody(text: str) -> None:

@@ -32,6 +32,7 @@ from tests.gradscope.adaptive_loops import (
     WHOLE,
     Loop,
     Spy,
+    batches,
     bits,
     cost,
     coupled,
@@ -405,10 +406,26 @@ def test_a_budget_below_one_step_names_the_smallest() -> None:
 
 def test_the_optimizer_of_another_model_is_refused() -> None:
     task = Spy().task()
-    with pytest.raises(UsageError, match="the optimizer has none of the model's parameters"):
+    with pytest.raises(UsageError, match="none of the model's parameters but others like them"):
         AdaptiveController(
             task, copy.deepcopy(model := linear()), torch.optim.AdamW(model.parameters()), budget=100, batch_size=BATCH
         )
+
+
+def test_an_optimizer_over_master_copies_is_told_and_its_second_moment_estimated() -> None:
+    seed_all()
+    model, told = linear(torch.float64), list[str]()
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    controller = AdaptiveController(
+        Spy().task(), model, torch.optim.AdamW(masters), budget=6000, batch_size=BATCH,
+        rule=AdaptiveRule(**PROBES), report=told.append,
+    )  # fmt: skip
+    assert sum("none of the model's parameters: its second moment is estimated" in line for line in told) == 1
+    for step in range(60):
+        loss = Spy().loss(model, next(batches(BATCH, step)), controller.at(step), torch.Generator())
+        loss.backward()
+        controller.observe(step)
+    assert controller.probes and not controller.probes[0].error
 
 
 def test_a_budget_may_be_a_text() -> None:

@@ -13,6 +13,7 @@ import xarray as xr
 
 from gradscope import Grid
 from gradscope.cube import DONE, FAILED, PENDING, open_cube, profile_of
+from gradscope.errors import CubeError
 from gradscope.pilot import training_of
 from gradscope.task import task_digest
 from schedulers import MOMENTS
@@ -111,6 +112,16 @@ def test_it_is_read_for_the_batch_of_the_run_whatever_its_sub_batches_were(path:
     profile = profile_of(opened(path))
     assert profile.batch_size == BATCH == loop.controller.policy.batch_size
     assert profile.beta == BATCH * loop.controller.policy.costs[GRID.reference]
+
+
+@pytest.mark.parametrize("value", ["abc", "64", True, 0, -3, 2.5, [1], None, float("nan")])
+def test_a_damaged_batch_of_the_run_is_a_cube_error(value: Any, finished: tuple[Loop, Path]) -> None:
+    cube = opened(finished[1])
+    training = {**training_of(cube), "batch_size": value}
+    with pytest.raises(CubeError, match=r"training_json is damaged \(batch_size="):
+        profile_of(cube.assign_attrs(training_json=json.dumps(training)))
+    cube = cube.assign_attrs(source="gradscope profile", training_json=json.dumps(training))
+    assert profile_of(cube).batch_size == BATCH  # what other tasks tell of their training is theirs
 
 
 def test_its_moments_are_signed_and_known(finished: tuple[Loop, Path]) -> None:

@@ -4,8 +4,8 @@ It is pure: everything that it answers follows from its settings and from what i
 begins with all candidates mixed, as a mixed pilot does (design §4), so that measurements are fair; when all have been
 measured it chooses one strategy, as soon as its advantage over the mixture exceeds a tolerance, and goes to another
 when that one's advantage exceeds its uncertainty, too. A share of the steps explores all candidates throughout, and
-before a probe all are mixed again for a moment: what a model has not just trained under measures as mismatch. The last
-part of the budget runs on the reference.
+before a probe all are mixed again for a moment, because what is measured depends on what the model has just trained
+under. The last part of the budget runs on the reference.
 """
 
 from __future__ import annotations

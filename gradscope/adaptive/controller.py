@@ -421,7 +421,7 @@ class AdaptiveController:
 
 
 def _apart(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
-    """ "" where the optimizer has parameters of the model; else "copy" where they look the same, and "other"."""
+    """Empty where the optimizer has parameters of the model, "copy" where its own look the same, "other" otherwise."""
     if optimizer is None:
         return ""
     trained = [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.acceleration import ranking
 from benchmarks.acceleration.cases import CASES
 from benchmarks.acceleration.runs import Plan, read_results, run_key
 from benchmarks.acceleration.tables import besides, crossing, curves_of, rows_of, savings
@@ -129,3 +130,22 @@ def test_committed_results_are_of_known_cases_and_keys() -> None:
         keys, _ = Plan(case, "cpu", Path("x"), quiet=True).keys(tuple(case.arms), math.inf)
         for found in read_results(name):
             assert set(found["runs"]) <= set(keys) and found["grid"] == case.model.grid
+
+
+def test_rank_correlations_are_over_the_strategies_of_a_checkpoint() -> None:
+    def point(pilot: str, place: int, progress: float) -> dict[str, Any]:
+        return {
+            "pilot": pilot, "fraction": 0.5, "strategy": f"patch={place}",
+            "scores": {"descent, optimizer": float(place), "ca-mse, euclidean": math.nan if place == 3 else -place},
+            "0.08, recovered": {"loss": progress, "accuracy": 0.0},
+        }  # fmt: skip
+
+    mixed = [point("mixed", place, progress) for place, progress in ((1, 0.1), (2, 0.3), (3, 0.7), (4, 0.9))]
+    none = [point("none", place, -place) for place in (1, 2, 3)]
+    found = [{"seed": 0, "device": "d", "date": "2026-01-01", "points": mixed + none}]
+    rows = {row.claim: row for row in ranking.rows_of(CASE, found)}
+    assert all(parse_row(dataclasses.asdict(row), "here") for row in rows.values())
+    text = "mocov3: rank correlation of {} with progress in the reference's loss, 0.08, recovered, checkpoints of '{}'"
+    assert (rows[text.format("descent, optimizer", "mixed")].value, len(rows)) == (1, 3)  # accuracy has no order
+    assert rows[text.format("ca-mse, euclidean", "mixed")].value == -1  # of the three strategies that have a score
+    assert (rows[text.format("descent, optimizer", "none")].holds, ranking.rows_of(CASE, [])) == (False, [])

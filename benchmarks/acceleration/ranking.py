@@ -144,10 +144,9 @@ def correlations(points: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, st
         for criterion, way, measure in itertools.product(here[0]["scores"], ways, MEASURES):
             pairs = [(p["scores"][criterion], p[way][measure]) for p in here]
             known = np.array([pair for pair in pairs if np.isfinite(pair).all()])
-            if len(known) >= 3:
+            if len(known) >= 3 and (np.ptp(known, axis=0) > 0).all():
                 value = float(spearmanr(known[:, 0], known[:, 1]).statistic)
-                if math.isfinite(value):
-                    found.setdefault((pilot, criterion, way, measure), []).append(value)
+                found.setdefault((pilot, criterion, way, measure), []).append(value)
     return found
 
 

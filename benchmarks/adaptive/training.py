@@ -4,7 +4,7 @@
     python -m benchmarks.adaptive.training --picture docs/pictures/online-accuracy.png
 
 Every arm is one `gradscope train` of MoCo-v3 and the demo's ViT on the embedded Fashion-MNIST with the recipe's
-defaults, a batch of 64 and the strategies of GRID; its accuracy is that of the 20 nearest neighbours, as the trainer
+defaults, a batch of 64 and the strategies of MODEL; its accuracy is that of the 20 nearest neighbours, as the trainer
 logs it at each quarter of the budget. The offline arms need a whole earlier run, their pilot, and a profile of its
 five checkpoints, raced by the criterion that the schedule is then made by. Both are told beside their accuracy and
 are not part of their budget; the probes of the online arm are part of its. Runs, cubes and schedules lie in

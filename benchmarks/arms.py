@@ -7,18 +7,22 @@ there.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradscope.checkpoints import list_steps
 from gradscope.config import TrainConfig
 from gradscope.cube import open_cube
 from gradscope.errors import GradscopeError
+from gradscope.files import write_text
 from gradscope.runlog import read_log
 from schedulers import load_schedule
 
@@ -102,10 +106,14 @@ class Setup:
     def path(self, arm: str, seed: int, ending: str = "") -> Path:
         return self.folder / f"{arm}-{seed}{ending}"
 
-    def gradscope(self, *arguments: str) -> None:
-        """Run the command on one thread. Raises CalledProcessError when it fails."""
+    def gradscope(self, *arguments: str) -> str:
+        """What the command prints, run on one thread. With `--json` it is not shown. Raises CalledProcessError."""
         command = [sys.executable, "-m", "gradscope", *arguments]
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        kept = subprocess.PIPE if "--json" in arguments else None
+        done = subprocess.run(
+            command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=kept, text=True
+        )
+        return done.stdout or ""
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -126,6 +134,22 @@ def train_arm(setup: Setup, arm: str, seed: int, schedule: str) -> list[dict[str
 def points_of(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What a log knows of each evaluation: step, units, samples, seconds, kNN accuracy."""
     return [{name: row[name] for name in KEPT} for row in log if "accuracy" in row]
+
+
+def shares_of(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The share of the steps under each strategy, of the steps that a log has."""
+    steps = Counter(row["strategy"] for row in log if "strategy" in row)
+    return {strategy: round(count / steps.total(), 4) for strategy, count in sorted(steps.items())}
+
+
+def linear_accuracy(setup: Setup, out: Path) -> float:
+    """Accuracy of the linear probe on the last checkpoint of a run; kept beside it."""
+    kept = out / "linear.json"
+    last = list_steps(out)[-1].name
+    if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8"))["checkpoint"] != last:
+        text = setup.gradscope("evaluate", str(out), "--linear", "--json", "--device", setup.device)
+        write_text(kept, json.dumps({"checkpoint": last, "accuracy": json.loads(text)["accuracy"]["linear"]}))
+    return float(json.loads(kept.read_text(encoding="utf-8"))["accuracy"])
 
 
 def profile_pilot(setup: Setup, pilot: Path, cube: Path, seed: int, offline: Offline) -> dict[str, Any]:

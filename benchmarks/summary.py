@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+HEADER = ["benchmark", "claim", "measured", "interval", "unit", "aim", "holds", "runs", "device", "date", "command"]
 
 
 class SummaryError(ValueError):
@@ -94,19 +95,28 @@ def collect(folder: Path = FOLDER) -> list[tuple[str, Row]]:
     return [(path.parent.name, row) for path in sorted(folder.glob("*/summary.json")) for row in read_summary(path)]
 
 
-def table(rows: Sequence[tuple[str, Row]], *, markdown: bool = False) -> str:
-    """All rows as one aligned text table, or as a Markdown page."""
-    header = ["benchmark", "claim", "measured", "interval", "unit", "aim", "holds", "runs", "device", "date", "command"]
+def table(rows: Sequence[tuple[str, Row]]) -> str:
+    """All rows as one aligned text table."""
     cells = [[name, *_cells(row)] for name, row in rows]
-    if markdown:
-        for line in cells:
-            line[-1] = f"`{line[-1]}`"
-        escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells]
-        lines = [_markdown_line(header), _markdown_line(["---"] * len(header)), *map(_markdown_line, escaped)]
-        return "\n".join(["# Benchmarks", "", "Written by `python -m benchmarks.summary --markdown`.", "", *lines])
-    widths = [max(len(line[column]) for line in [header, *cells]) for column in range(len(header))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in [header, *cells]]
+    widths = [max(len(line[column]) for line in [HEADER, *cells]) for column in range(len(HEADER))]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in [HEADER, *cells]]
     return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def page(rows: Sequence[tuple[str, Row]], overview: Sequence[str]) -> str:
+    """Markdown: the overview, what does not reach its aim, and all rows, benchmark by benchmark."""
+    names = list(dict.fromkeys(name for name, _ in rows))
+    missed = [(name, row) for name, row in rows if not row.holds]
+    counts = [f"{name} {sum(n == name for n, _ in missed)} of {sum(n == name for n, _ in rows)}" for name in names]
+    lines = ["# Benchmarks", "", "Written by `python -m benchmarks.summary --markdown`.", ""]
+    lines += ["## In a minute", "", *overview, ""] if overview else []
+    lines += ["## What does not hold", "", f"Rows that miss their aim: {', '.join(counts)}.", ""]
+    lines += [f"- {name}: {row.claim}: {_number(row.value)} {row.unit}, aim {_aim(row)}" for name, row in missed]
+    for name in names:
+        lines += ["", f"## {name}", "", _markdown_line(HEADER[1:]), _markdown_line(["---"] * len(HEADER[1:]))]
+        for cells in (_cells(row) for n, row in rows if n == name):
+            lines.append(_markdown_line([cell.replace("|", "\\|") for cell in [*cells[:-1], f"`{cells[-1]}`"]]))
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the page benchmarks/RESULTS.md")
     options = parser.parse_args(arguments)
     try:
-        print(table(collect(), markdown=options.markdown))
+        if options.markdown:
+            from benchmarks.acceleration.page import overview  # which needs the package
+
+            print(page(collect(), overview()))
+        else:
+            print(table(collect()))
     except SummaryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -153,10 +168,13 @@ def _is_number(value: object) -> bool:
 
 def _cells(row: Row) -> list[str]:
     interval = "" if row.low is None and row.high is None else f"{_number(row.low)} to {_number(row.high)}"
-    aim = row.aim if isinstance(row.aim, str) else _number(row.aim)
     holds = "yes" if row.holds else "no"
-    text = [row.claim, _number(row.value), interval, row.unit, aim, holds, str(row.runs), row.device, row.date]
+    text = [row.claim, _number(row.value), interval, row.unit, _aim(row), holds, str(row.runs), row.device, row.date]
     return [*text, row.command]
+
+
+def _aim(row: Row) -> str:
+    return row.aim if isinstance(row.aim, str) else _number(row.aim)
 
 
 def _number(value: float | None) -> str:

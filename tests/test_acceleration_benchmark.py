@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.acceleration import ranking
+from benchmarks.acceleration import keys, ranking, rates, transfer
 from benchmarks.acceleration.cases import CASES
+from benchmarks.acceleration.page import overview
 from benchmarks.acceleration.runs import Plan, read_results, run_key
 from benchmarks.acceleration.tables import besides, crossing, curves_of, rows_of, savings
 from benchmarks.summary import parse_row
-from schedulers import parse_schedule
+from gradscope.config import Setting, TrainConfig, open_setting
+from schedulers import parse_count, parse_schedule
 from schedulers.strategy import Strategy
 
 CASE = replace(CASES["mocov3"], budgets=(10e3, 20e3, 40e3))
@@ -23,20 +27,20 @@ CASE = replace(CASES["mocov3"], budgets=(10e3, 20e3, 40e3))
 
 @pytest.mark.parametrize("arms", [tuple(CASE.arms), ("paper-again",), ("online", "patch7")])
 def test_what_waits_for_something_comes_after_it(arms: tuple[str, ...]) -> None:
-    keys, after = Plan(CASE, "cpu", Path("x"), quiet=True).keys(arms, math.inf)
-    assert len(set(keys)) == len(keys)
-    assert all(keys.index(first) < keys.index(key) for key, first in after.items())
+    names, after = Plan(CASE, "cpu", Path("x"), quiet=True).keys(arms, math.inf)
+    assert len(set(names)) == len(names)
+    assert all(names.index(first) < names.index(key) for key, first in after.items())
     for arm in arms:
-        least = CASE.arms[arm].least * CASE.budgets[-1]
-        assert [b for b in CASE.budgets if run_key(arm, b) in keys] == [b for b in CASE.budgets if b >= least]
+        least, most = (share * CASE.budgets[-1] for share in (CASE.arms[arm].least, CASE.arms[arm].most))
+        assert [b for b in CASE.budgets if run_key(arm, b) in names] == [b for b in CASE.budgets if least <= b <= most]
 
 
 def test_a_small_budget_needs_its_pilots_at_the_largest_all_the_same() -> None:
-    keys, after = Plan(CASE, "cpu", Path("x"), quiet=True).keys(("paper-again",), 10e3)
-    assert keys == [
+    names, after = Plan(CASE, "cpu", Path("x"), quiet=True).keys(("paper-again",), 10e3)
+    assert names == [
         "none 40K", "cube of none, ca-mse", "paper 40K", "cube of paper, ca-mse", "paper-again 10K",
     ]  # fmt: skip
-    assert after == dict(zip(keys[1:], keys, strict=False))
+    assert after == dict(zip(names[1:], names, strict=False))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,19 +91,19 @@ def results(**accuracies: float) -> list[dict[str, Any]]:
 
 
 def test_rows_tell_accuracy_savings_and_costs() -> None:
-    rows = rows_of(CASE, results(none=0.6, descent=0.62, paper=0.5))
+    rows = rows_of(CASE, results(none=0.6, descent=0.62, paper=0.5), {})
     assert all(parse_row(dataclasses.asdict(row), "here") for row in rows)
     by = {row.claim: row for row in rows}
     title = CASE.arms["descent"].title
     about = "mocov3: times less budget for the accuracy of no acceleration at 40K"
     row = by[f"{about}, at least: it is there with its smallest budget, {title}"]
     assert (row.value, row.holds, row.runs) == (4.0, True, 2)
-    paid = by[f"mocov3: the same, 44K units of pilot and profile paid by one run, {title}"]
+    paid = by[f"{about}, 44K units of pilot and profile paid by one run, {title}"]
     assert paid.value == pytest.approx(40 / (10 + 44), abs=1e-3)
     lost = by[f"{about}, {CASE.arms['paper'].title}"]
     assert (lost.value, lost.holds) == (0, False)
     assert by[f"mocov3: kNN accuracy after 20K units, {title}"].value == pytest.approx(0.631)
-    assert rows_of(CASE, []) == [] and rows_of(CASE, results(descent=0.5)) == []
+    assert rows_of(CASE, [], {}) == [] and rows_of(CASE, results(descent=0.5), {}) == []
 
 
 def test_what_came_before_a_pilot_is_paid_for_too() -> None:
@@ -122,14 +126,98 @@ def test_a_seed_that_lacks_a_budget_is_left_out_of_that_arm() -> None:
         b: [pytest.approx(0.62 + 0.01 * i)] for i, b in enumerate(CASE.budgets)
     }
     assert len(curves_of(CASE, found, "none")[10e3]) == 2
-    assert [row.runs for row in rows_of(CASE, found) if "times less" in row.claim] == [1]
+    assert {row.runs for row in rows_of(CASE, found, {}) if "times less" in row.claim} == {1}
+
+
+def test_budgets_in_time_are_those_of_the_strategies_that_ran() -> None:
+    found = results(none=0.6, descent=0.62)
+    for one in found:
+        for key, run in one["runs"].items():
+            if "cube" not in key:
+                budget = parse_count(key.partition(" ")[2])
+                half = {"a": 0.5, "b": 0.5}  # the second costs a tenth in units, and takes a fifth of the time
+                run["shares"] = {"a": 1.0} if key.startswith("none") else half
+                run["points"][0]["samples"] = budget / (4.0 if key.startswith("none") else 2.2)
+    by = {row.claim: row.value for row in rows_of(CASE, found, {"a": 1.0, "b": 0.2})}
+    title = CASE.arms["descent"].title
+    ahead = "mocov3: times less budget for the accuracy of no acceleration at 40K"
+    assert by[f"{ahead}, at least: it is there with its smallest budget, {title}"] == 4
+    assert by[f"{ahead}, in seconds of steps instead of units, {title}"] == pytest.approx(4 * (2.2 / 0.6) / 4, abs=1e-3)
+
+
+def test_an_arm_is_compared_with_the_best_constant_and_the_paper_at_equal_budgets() -> None:
+    rows = rows_of(CASE, results(none=0.6, descent=0.65, paper=0.66, patch4=0.61, patch7=0.62), {})
+    ahead = {row.claim: (row.value, row.holds) for row in rows if "less that of" in row.claim}
+    assert {claim.partition("'descent' less that of ")[2] for claim in ahead} == {
+        "the best constant strategy, 'patch7'", "the paper's criterion, 'paper'",
+    }  # fmt: skip
+    assert set(ahead.values()) == {(0.03, True), (-0.01, False)} and len(ahead) == 2 * len(CASE.budgets)
+
+
+def test_what_was_foretold_stands_beside_what_happened() -> None:
+    found = results(none=0.6, descent=0.61)
+    for one in found:
+        for key in ("descent 10K", "descent 40K"):
+            one["runs"][key]["predicted_speed_up"] = 3.0
+    rows = {row.claim: row for row in rows_of(CASE, found, {}) if "predicted" in row.claim}
+    (first, last) = rows.values()
+    assert first.claim.endswith("after 10K units, over that; predicted 3.00")
+    assert (first.value, first.holds) == (2.0, True)  # no acceleration has it with 20K
+    assert last.claim.endswith("over that, more than this: it never got there; predicted 3.00")
+    assert (last.value, last.holds) == (1.0, True)
+
+
+def test_own_keys_are_mocov3_where_they_have_the_strategy_of_the_query() -> None:
+    def made(text: str) -> tuple[keys.OwnKeys, Setting]:
+        config = TrainConfig(budget=1e3, batch_size=4, width=8, data="fashion-mnist-10k")
+        setting = open_setting(config)
+        model = setting.new_model()
+        model.__class__ = keys.OwnKeys
+        assert isinstance(model, keys.OwnKeys)
+        model.key, model.generator = Strategy.parse(text), torch.Generator().manual_seed(3)
+        return model, setting
+
+    query = Strategy.parse("patch=4,dropout=0")
+    model, setting = made("patch=4,dropout=0")
+    views = setting.views(torch.arange(4), torch.Generator().manual_seed(0), torch.device("cpu"))
+    same = setting.new_model()
+    assert torch.equal(model.targets(views, query), same.targets(views, query))
+    assert model.cost(query) == pytest.approx(same.cost(query))
+    apart, _ = made("patch=2,dropout=0.5")
+    assert apart.cost(query) == pytest.approx((3 * 50 + 99) / 197)
+    first, second = apart.targets(views, query), apart.targets(views, query)
+    assert not torch.equal(first, second)  # other tokens are dropped at every step
+
+
+def test_rows_of_keys_rates_and_transfer() -> None:
+    about = {"device": "d", "date": "2026-01-01", "budget": 60e3}
+    chosen, other = "patch 4 of both", "patch 4 of queries"
+    runs = {name: {"accuracy": 0.7 + 0.1 * (name == chosen) - 0.01 * (name == other)} for name in keys.VARIANTS}
+    (tokens, patches) = keys.rows_of([about | {"seed": 0, "runs": runs}])
+    assert (tokens.value, tokens.holds) == (0, False) and (patches.value, patches.holds) == (pytest.approx(0.11), True)
+
+    (row,) = rates.rows_of(
+        CASE, [about | {"chosen": "0.004", "accuracy": {"0.002": [0.8, 0.9], "0.004": [0.84, 0.84]}}]
+    )
+    assert (row.value, row.holds) == (0.84, False) and "0.002: 85.0%" in row.claim
+
+    def ends(**accuracies: float) -> dict[str, Any]:
+        return about | {"runs": {arm: {"points": [{"accuracy": value}]} for arm, value in accuracies.items()}}
+
+    rows = transfer.rows_of([ends(transferred=0.7, own=0.704, none=0.6, patch4=0.7, mixed=0.71)])
+    assert [row.holds for row in rows] == [True, True, True, False]
+    assert transfer.rows_of([]) == [] == keys.rows_of([])
+
+
+def test_the_rate_of_a_case_is_its_recipe_or_its_own() -> None:
+    assert rates.rate_of(CASES["mocov3"]) == 4e-3 and rates.rate_of(CASES["dino"]) == 1e-3
 
 
 def test_committed_results_are_of_known_cases_and_keys() -> None:
     for name, case in CASES.items():
-        keys, _ = Plan(case, "cpu", Path("x"), quiet=True).keys(tuple(case.arms), math.inf)
+        names, _ = Plan(case, "cpu", Path("x"), quiet=True).keys(tuple(case.arms), math.inf)
         for found in read_results(name):
-            assert set(found["runs"]) <= set(keys) and found["grid"] == case.model.grid
+            assert set(found["runs"]) <= set(names) and found["grid"] == case.model.grid
 
 
 def test_rank_correlations_are_over_the_strategies_of_a_checkpoint() -> None:
@@ -149,3 +237,25 @@ def test_rank_correlations_are_over_the_strategies_of_a_checkpoint() -> None:
     assert (rows[text.format("descent, optimizer", "mixed")].value, len(rows)) == (1, 3)  # accuracy has no order
     assert rows[text.format("ca-mse, euclidean", "mixed")].value == -1  # of the three strategies that have a score
     assert (rows[text.format("descent, optimizer", "none")].holds, ranking.rows_of(CASE, [])) == (False, [])
+
+
+def test_the_overview_has_a_line_for_every_arm_and_marks_the_best(tmp_path: Path) -> None:
+    case = CASES["mocov3"]
+    for seed in (0, 1):
+        runs = {
+            run_key(arm, budget): {
+                "points": [{"accuracy": base + 0.01 * i, "samples": budget / 4}], "shares": {"a": 1.0}, "device": "d",
+                "date": "2026-01-01",
+            }
+            for arm, base in {"none": 0.6, "patch4": 0.62, "patch7": 0.5}.items()
+            for i, budget in enumerate(case.budgets)
+        }  # fmt: skip
+        found = {"case": case.name, "seed": seed, "grid": case.model.grid, "runs": runs}
+        (tmp_path / f"mocov3-{seed}.json").write_text(json.dumps(found))
+    (tmp_path / "clock-mocov3.json").write_text(json.dumps({"seconds": {"a": 1.0}}))
+    lines = overview(tmp_path)
+    by = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines if line.startswith("|")}
+    assert by["constant patch=4"][:5] == ["**62.0**", "**63.0**", "**64.0**", "**65.0**", "**66.0**"]
+    assert by["constant patch=4"][5:] == ["2", "4.0 (4.0 to 4.0)", "4.0", " |"]
+    assert by["no acceleration"][4:6] == ["64.0", "2"] and by["constant patch=7"][6] == "not reached"
+    assert not overview(tmp_path / "empty")

@@ -40,21 +40,30 @@ def test_collect_reads_every_benchmark_in_the_order_of_names(tmp_path: Path) -> 
     ]
 
 
-@pytest.mark.parametrize("markdown", [False, True])
-def test_table_shows_every_row_with_all_its_values(markdown: bool) -> None:
+def test_table_shows_every_row_with_all_its_values() -> None:
     rows = [("probe", summary.Row(**ROW)), ("probe", summary.Row(**{**ROW, "holds": False, "value": 2.6}))]
-    text = summary.table(rows, markdown=markdown)
-    lines = [line for line in text.splitlines() if "probe" in line]
+    lines = [line for line in summary.table(rows).splitlines() if "probe" in line]
     assert len(lines) == 2
     for word in ("cost of a probe", "2.5", "2.25 to 2.75", "gradients", "at most 3", "yes", "7", "one core"):
         assert word in lines[0]
     assert "2.6" in lines[1] and " no " in lines[1]
 
 
-def test_markdown_keeps_its_columns_when_a_cell_holds_a_bar() -> None:
-    text = summary.table([("probe", summary.Row(**{**ROW, "claim": "|bias|"}))], markdown=True)
-    header, _, line = text.splitlines()[-3:]
-    assert line.replace("\\|", "").count("|") == header.count("|")
+def test_the_page_begins_with_the_overview_and_what_does_not_hold() -> None:
+    rows = [
+        ("probe", summary.Row(**ROW)),
+        ("probe", summary.Row(**{**ROW, "holds": False, "value": 2.6, "claim": "|bias|"})),
+        ("speed", summary.Row(**ROW)),
+    ]
+    text = summary.page(rows, ["### a case"])
+    assert text.index("In a minute") < text.index("### a case") < text.index("does not hold") < text.index("## probe")
+    assert "Rows that miss their aim: probe 1 of 2, speed 0 of 1." in text
+    assert "- probe: |bias|: 2.6 gradients, aim at most 3" in text
+    header, _, held, missed = text[text.index("## probe") : text.index("## speed")].strip().splitlines()[-4:]
+    for word in ("cost of a probe", "2.5", "2.25 to 2.75", "at most 3", "yes", "7", "one core"):
+        assert word in held
+    assert missed.replace("\\|", "").count("|") == header.count("|")  # a bar in a cell is no end of it
+    assert "In a minute" not in summary.page(rows, [])
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,25 @@ from benchmarks.arms import Model, Offline
 
 PAPER = ("--criterion", "ca-mse", "--metric", "euclidean")
 FRACTION = ("--progress", "fraction")
+ADAM = ("--metric", "optimizer")
+POLY = ("--set", "decay=poly")
+SHORT = 0.25  # of the largest budget
 
 
 @dataclass(frozen=True)
 class Arm:
     """`schedule`: the text of `gradscope train --schedule`, or `offline`: what it is made from.
 
-    `least`: share of the case's largest budget below which it is not run.
+    `least` and `most`: shares of the case's largest budget below and above which it is not run. `options`: more ones of
+    `gradscope train`.
     """
 
     title: str
     schedule: str = ""
     offline: Offline | None = None
     least: float = 0.0
+    most: float = 1.0
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,29 @@ class Case:
             "mixed": Arm("every step drawn from the grid", "mixed"),
             **{name: Arm(f"constant {text}", text) for name, text in self.constants.items()},
             "hand-made": Arm(f"made by hand: {self.hand_made}", self.hand_made),
+            "none-poly": Arm("no acceleration, polynomial decay", "none", most=SHORT, options=POLY),
+            "patch7-poly": Arm("constant patch=7, polynomial decay", "patch=7", most=SHORT, options=POLY),
             "paper": Arm("ca-mse, fraction, from the unaccelerated run", offline=Offline("none", PAPER, FRACTION)),
+            "paper-trajectory": Arm("ca-mse, trajectory, from the unaccelerated run", offline=Offline("none", PAPER)),
+            "paper-adam": Arm(
+                "ca-mse in the optimizer's metric, fraction, from the unaccelerated run",
+                offline=Offline("none", PAPER, (*FRACTION, *ADAM)),
+            ),
             "paper-again": Arm("ca-mse, fraction, from the run of 'paper'", offline=Offline("paper", PAPER, FRACTION)),
             "paper-mixed": Arm("ca-mse, fraction, from the mixed run", offline=Offline("mixed", PAPER, FRACTION)),
             "descent": Arm("descent, trajectory, from the mixed run", offline=Offline("mixed")),
             "descent-fraction": Arm("descent, fraction, from the mixed run", offline=Offline("mixed", (), FRACTION)),
-            "descent-explore": Arm(
-                "descent, trajectory, from the mixed run, 10 % exploration",
-                offline=Offline("mixed", (), ("--exploration", "0.1")),
+            "descent-euclidean": Arm(
+                "descent in the euclidean metric, trajectory, from the mixed run",
+                offline=Offline("mixed", (), ("--metric", "euclidean")),
             ),
+            **{
+                f"descent-explore{share}": Arm(
+                    f"descent, trajectory, from the mixed run, {share} % exploration",
+                    offline=Offline("mixed", (), ("--exploration", f"{share / 100:g}")),
+                )
+                for share in (5, 10, 25)
+            },
             "descent-none": Arm("descent, trajectory, from the unaccelerated run", offline=Offline("none")),
             "online": Arm("online, probes charged", "online", least=0.25),
         }

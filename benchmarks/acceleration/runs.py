@@ -25,10 +25,12 @@ from benchmarks.arms import (
     Offline,
     Setup,
     find_schedule,
+    linear_accuracy,
     points_of,
     probe_facts,
     profile_pilot,
     run_all,
+    shares_of,
     stages_of,
     told,
     train_arm,
@@ -36,7 +38,7 @@ from benchmarks.arms import (
 from benchmarks.machine import device_text
 from gradscope.errors import GradscopeError
 from gradscope.files import write_text
-from schedulers import format_count, parse_count
+from schedulers import format_count, load_schedule, parse_count
 
 WORK = ROOT / "build" / "acceleration"
 FOLDER = Path(__file__).parent / "results"
@@ -88,7 +90,7 @@ class Plan:
 
         for budget in reversed(self.case.budgets):
             for name, arm in self.case.arms.items():
-                if name in arms and budget <= most and budget >= arm.least * self.pilot_budget:
+                if name in arms and budget <= most and arm.least <= budget / self.pilot_budget <= arm.most:
                     add(name, budget)
         return keys, after
 
@@ -112,11 +114,12 @@ class Plan:
             plan = setup.path(name, seed, ".json")
             plan.parent.mkdir(parents=True, exist_ok=True)
             find_schedule(setup, self.cube(arm.offline, seed), plan, arm.offline)
-            schedule, facts = str(plan), {"stages": stages_of(plan)}
-        log = train_arm(setup, name, seed, schedule)
+            predicted = load_schedule(plan).predicted["speed_up"]
+            schedule, facts = str(plan), {"stages": stages_of(plan), "predicted_speed_up": predicted}
+        log = train_arm(replace(setup, train=(*setup.train, *arm.options)), name, seed, schedule)
         if schedule == "online":
             facts = {**probe_facts(out, log), "stages": stages_of(out / "schedule.json")}
-        return {"points": points_of(log), **facts}
+        return {"points": points_of(log), "linear": linear_accuracy(setup, out), "shares": shares_of(log), **facts}
 
 
 def _summary(run: dict[str, Any]) -> str:
@@ -174,11 +177,7 @@ def main() -> int:
             FOLDER.mkdir(exist_ok=True)
             found["runs"] = {name: found["runs"][name] for name in sorted(found["runs"])}
             write_text(FOLDER / f"{case.name}-{seed}.json", json.dumps(found, indent=1) + "\n")
-        last = run["points"][-1] if "points" in run else {}
-        accuracy = (
-            f"{last['accuracy']:.4f} ({last['samples']:,} samples)" if last else f"{run['profile_units']:,.0f} units"
-        )
-        print(f"{key}, seed {seed}: {accuracy}", flush=True)
+        print(f"{key}, seed {seed}: {_summary(run)}", flush=True)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failed else 0

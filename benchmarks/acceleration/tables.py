@@ -14,7 +14,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from benchmarks.acceleration.cases import CASES, Case
+from benchmarks.acceleration.clock import read_seconds, seconds_of
 from benchmarks.acceleration.runs import cube_key, read_results, run_key
 from benchmarks.summary import Row, table
 from schedulers import format_count
 
 COMMAND = "python -m benchmarks.acceleration.runs --case"
 DRAWS = 2000
+LEVELS = 2  # of the largest budgets of no acceleration whose accuracy others are to reach
 SHOWN = "none; shown for comparison"
 Curves = Mapping[float, Sequence[float]]  # accuracy of every seed at a budget
 
@@ -80,51 +82,135 @@ def savings(none: Curves, arm: Curves, budget: float) -> tuple[float, float, flo
     return ratio(range(count)), float(low), float(high)
 
 
-def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows for `summary.json` of one case: accuracies, budgets at equal accuracy, and what came on top of the runs."""
+def rows_of(case: Case, results: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> list[Row]:
+    """Rows for `summary.json` of one case; `seconds` per sample by strategy, where they are known."""
     curves = {arm: found for arm in case.arms if (found := curves_of(case, results, arm))}
     if "none" not in curves:
         return []
     device = " and ".join(sorted({run["device"] for found in results for run in found["runs"].values()}))
     date = max(run["date"] for found in results for run in found["runs"].values())
-    made: list[Row] = []
 
-    def row(claim: str, unit: str, values: tuple[float, float, float], aim: str, holds: bool, runs: int) -> None:
+    def row(claim: str, unit: str, values: tuple[float, float, float], aim: str, holds: bool, runs: int) -> Row:
         value, low, high = (round(v, 4) for v in values)
-        command = f"{COMMAND} {case.name}"
-        made.append(Row(f"{case.name}: {claim}", value, unit, low, high, aim, holds, device, date, runs, command))
+        return Row(
+            f"{case.name}: {claim}", value, unit, low, high, aim, holds, device, date, runs, f"{COMMAND} {case.name}"
+        )
 
+    made = []
     for arm, curve in curves.items():
         for budget, values in curve.items():
-            mean = statistics.fmean(values), min(values), max(values)
+            linear = linear_of(case, results, arm, budget)
             what = f"kNN accuracy after {format_count(budget)} units, {case.arms[arm].title}"
-            row(what, "fraction", mean, SHOWN, True, len(values))
-    largest = max(curves["none"])
-    for arm in (arm for arm in curves if arm != "none"):
-        both = complete(case, complete(case, results, "none"), arm)
-        if not both:
-            continue
-        ratio, low, high = savings(curves_of(case, both, "none"), curves_of(case, both, arm), largest)
-        smallest = min(curves[arm])
-        bound = ", at least: it is there with its smallest budget" if ratio >= largest / smallest else ""
-        aimed = arm not in ("mixed", "hand-made", *case.constants)
-        what = f"times less budget for the accuracy of no acceleration at {format_count(largest)}{bound}, "
-        what += case.arms[arm].title
-        row(
-            what,
-            "x",
-            (ratio, low, high),
-            f"at least {case.aim:g}" if aimed else SHOWN,
-            not aimed or ratio >= case.aim,
-            len(both),
-        )
-        costs = [cost for found in both if (cost := besides(case, found, arm)) is not None]
-        if ratio and costs:
-            paid = statistics.fmean(costs)
-            with_cost = largest / (largest / ratio + paid)
-            what = f"the same, {format_count(paid)} units of pilot and profile paid by one run, {case.arms[arm].title}"
-            row(what, "x", (with_cost, with_cost, with_cost), SHOWN, True, len(costs))
+            what += f" (linear probe {linear:.1%})" if linear is not None else ""
+            made.append(row(what, "fraction", _spread(values), SHOWN, True, len(values)))
+    for level in sorted(curves["none"])[-LEVELS:]:
+        for arm in (arm for arm in curves if arm not in ("none", "none-poly")):
+            for claim, values, aimed, runs in _saved(case, results, arm, level, seconds):
+                aim = f"at least {case.aim:g}" if aimed else SHOWN
+                made.append(row(claim, "x", values, aim, not aimed or values[0] >= case.aim, runs))
+    for arm in ("descent", "online"):
+        for other, what in rivals(case, curves, arm):
+            for budget in sorted(set(curves[arm]) & set(curves[other])):
+                ahead = differences(case, results, arm, other, budget)
+                claim = f"kNN accuracy after {format_count(budget)} units of '{arm}' less that of {what}, '{other}'"
+                values = _spread(ahead)
+                made.append(row(claim, "fraction", values, "above 0", values[0] > 0, len(ahead)))
+    for arm in curves:
+        made += [
+            row(claim, "x", values, "the predicted one", holds, runs)
+            for claim, values, holds, runs in _foretold(case, results, arm)
+        ]
     return made
+
+
+Line = tuple[str, tuple[float, float, float], bool, int]  # claim, (value, low, high), a mark, number of runs
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    return statistics.fmean(values), min(values), max(values)
+
+
+def _saved(
+    case: Case, results: Sequence[Mapping[str, Any]], arm: str, level: float, seconds: Mapping[str, float]
+) -> Iterator[Line]:
+    """Budgets of an arm at equal accuracy: in units (marked if that is aimed at), with all that was paid, in time."""
+    both = complete(case, complete(case, results, "none"), arm)
+    if not both:
+        return
+    none, curve = curves_of(case, both, "none"), curves_of(case, both, arm)
+    title, ratio, low, high = case.arms[arm].title, *savings(none, curve, level)
+    bound = ", at least: it is there with its smallest budget" if ratio >= level / min(curve) else ""
+    about = f"times less budget for the accuracy of no acceleration at {format_count(level)}"
+    aimed = case.arms[arm].offline is not None or arm == "online"
+    yield f"{about}{bound}, {title}", (ratio, low, high), aimed, len(both)
+    costs = [cost for found in both if (cost := besides(case, found, arm)) is not None]
+    if ratio and costs:
+        paid = statistics.fmean(costs)
+        value = level / (level / ratio + paid)
+        yield (
+            f"{about}, {format_count(paid)} units of pilot and profile paid by one run, {title}",
+            (value, value, value), False, len(costs),
+        )  # fmt: skip
+    if seconds and all("shares" in found["runs"][run_key(arm, b)] for found in both for b in curve):
+        spent = [timed(case, both, "none", level, seconds), {b: timed(case, both, arm, b, seconds) for b in curve}]
+        ratio, low, high = savings(
+            {spent[0]: none[level]}, {spent[1][b]: values for b, values in curve.items()}, spent[0]
+        )
+        yield f"{about}, in seconds of steps instead of units, {title}", (ratio, low, high), False, len(both)
+
+
+def timed(
+    case: Case, results: Sequence[Mapping[str, Any]], arm: str, budget: float, seconds: Mapping[str, float]
+) -> float:
+    """Seconds that the steps of an arm's runs at a budget take, mean over seeds."""
+    return statistics.fmean(seconds_of(found["runs"][run_key(arm, budget)], seconds) for found in results)
+
+
+def linear_of(case: Case, results: Sequence[Mapping[str, Any]], arm: str, budget: float) -> float | None:
+    """Mean accuracy of the linear probe over the complete seeds; None where one lacks it."""
+    runs = [found["runs"][run_key(arm, budget)] for found in complete(case, results, arm)]
+    return statistics.fmean(run["linear"] for run in runs) if runs and all("linear" in run for run in runs) else None
+
+
+def rivals(case: Case, curves: Mapping[str, Curves], arm: str) -> list[tuple[str, str]]:
+    """What an arm should be better than: the constant that is best in the mean over its budgets, and the paper's."""
+    if arm not in curves:
+        return []
+
+    def quality(name: str) -> float:
+        return statistics.fmean(statistics.fmean(curves[name][b]) for b in curves[arm])
+
+    constants = [name for name in case.constants if set(curves[arm]) <= set(curves.get(name, ()))]
+    found = [(max(constants, key=quality), "the best constant strategy")] if constants else []
+    return found + ([("paper", "the paper's criterion")] if "paper" in curves else [])
+
+
+def differences(case: Case, results: Sequence[Mapping[str, Any]], arm: str, other: str, budget: float) -> list[float]:
+    """Final accuracy of one arm less another's at a budget, of the seeds that have both."""
+    keys = run_key(arm, budget), run_key(other, budget)
+    runs = [[found["runs"][key]["points"][-1]["accuracy"] for key in keys] for found in results
+            if all(key in found["runs"] for key in keys)]  # fmt: skip
+    return [ours - theirs for ours, theirs in runs]
+
+
+def _foretold(case: Case, results: Sequence[Mapping[str, Any]], arm: str) -> Iterator[Line]:
+    """How many times the budget no acceleration needs to get as far: what the optimizer said, and what happened."""
+    both = complete(case, complete(case, results, "none"), arm)
+    for budget in case.budgets:
+        runs = [found["runs"].get(run_key(arm, budget), {}) for found in both]
+        if not runs or not all("predicted_speed_up" in run for run in runs):
+            continue
+        said = statistics.fmean(run["predicted_speed_up"] for run in runs)
+        none = {b: statistics.fmean(values) for b, values in curves_of(case, both, "none").items()}
+        needed = crossing(list(none.items()), statistics.fmean(run["points"][-1]["accuracy"] for run in runs))
+        beyond = "" if math.isfinite(needed) else ", more than this: it never got there"
+        happened = min(needed, max(none)) / budget
+        title = case.arms[arm].title
+        yield (
+            f"budget of no acceleration with the accuracy of {title} after {format_count(budget)} units, over that"
+            f"{beyond}; predicted {said:.2f}",
+            (happened, happened, happened), bool(beyond) or happened >= said / 2, len(runs),
+        )  # fmt: skip
 
 
 def besides(case: Case, found: Mapping[str, Any], arm: str) -> float | None:
@@ -168,7 +254,7 @@ def main() -> int:
     if options.picture:
         draw(case, results, options.picture)
         return 0
-    print(table([("acceleration", row) for row in rows_of(case, results)]))
+    print(table([("acceleration", row) for row in rows_of(case, results, read_seconds(case.name))]))
     return 0
 
 

@@ -114,8 +114,9 @@ class Plan:
             plan = setup.path(name, seed, ".json")
             plan.parent.mkdir(parents=True, exist_ok=True)
             find_schedule(setup, self.cube(arm.offline, seed), plan, arm.offline)
-            predicted = load_schedule(plan).predicted["speed_up"]
-            schedule, facts = str(plan), {"stages": stages_of(plan), "predicted_speed_up": predicted}
+            schedule, facts = str(plan), {"stages": stages_of(plan)}
+            if (speed_up := load_schedule(plan).predicted.get("speed_up")) is not None:  # `fraction` has none
+                facts["predicted_speed_up"] = speed_up
         log = train_arm(replace(setup, train=(*setup.train, *arm.options)), name, seed, schedule)
         if schedule == "online":
             facts = {**probe_facts(out, log), "stages": stages_of(out / "schedule.json")}

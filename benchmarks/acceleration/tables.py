@@ -1,6 +1,6 @@
 """What the runs of a case came to: accuracies, budgets at equal accuracy with intervals, and a figure.
 
-    python -m benchmarks.acceleration.tables [--case mocov3] [--picture FILE.png]
+    python -m benchmarks.acceleration.tables [--case mocov3] [--picture FILE.png] [--schedules FILE.png] [--budget 60K]
 
 The budget at which an arm has the accuracy that no acceleration has with all of its own is read from the arm's mean
 accuracy over the seeds, isotonic over budgets (a longer run is taken to be no worse) and linear in the logarithm of the
@@ -25,7 +25,8 @@ from benchmarks.acceleration.cases import CASES, Case
 from benchmarks.acceleration.clock import read_seconds, seconds_of
 from benchmarks.acceleration.runs import cube_key, read_results, run_key
 from benchmarks.summary import Row, table
-from schedulers import format_count
+from gradscope.config import TrainConfig
+from schedulers import Schedule, Stage, Strategy, format_count, parse_count
 
 COMMAND = "python -m benchmarks.acceleration.runs --case"
 DRAWS = 2000
@@ -245,14 +246,43 @@ def draw(case: Case, results: Sequence[Mapping[str, Any]], path: Path) -> None:
     draw_figure(find_browser(), figure, path)
 
 
+def draw_schedules(case: Case, results: Sequence[Mapping[str, Any]], budget: float, path: Path) -> None:
+    """The schedules of all arms that were given one by a profile or by probes, of the first seed, as a PNG file."""
+    from benchmarks.pictures import draw_figure, find_browser
+    from gradscope.plots import plot_schedules
+
+    config = TrainConfig.for_run(
+        case.model.method, "demo", budget=budget, patch=case.model.patch, patches=case.model.patches,
+        dropouts=case.model.dropouts, **dict(case.model.settings),
+    )  # fmt: skip
+    drawn = {}
+    for arm in case.arms:
+        run = results[0]["runs"].get(run_key(arm, budget), {})
+        if "stages" in run:
+            stages = []
+            for start, end, mixture in run["stages"]:
+                shares = {Strategy.parse(text): share for text, share in mixture.items()}
+                total = sum(shares.values())
+                parts = tuple((strategy, share / total) for strategy, share in shares.items())
+                cost = sum(share * config.cost(case.model.image_size, strategy) for strategy, share in parts)
+                stages.append(Stage(start, end, parts, cost))
+            drawn[case.arms[arm].title] = Schedule(tuple(stages), budget=budget, batch_size=case.model.batch_size)
+    draw_figure(find_browser(), plot_schedules(drawn), path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--case", choices=CASES, default="mocov3")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
+    parser.add_argument("--schedules", type=Path, metavar="FILE.png")
+    parser.add_argument("--budget", type=parse_count, help="whose schedules are drawn; default the smallest one")
     options = parser.parse_args()
     case, results = CASES[options.case], read_results(options.case)
     if options.picture:
         draw(case, results, options.picture)
+    if options.schedules:
+        draw_schedules(case, results, options.budget or case.budgets[0], options.schedules)
+    if options.picture or options.schedules:
         return 0
     print(table([("acceleration", row) for row in rows_of(case, results, read_seconds(case.name))]))
     return 0

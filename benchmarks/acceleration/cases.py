@@ -96,14 +96,12 @@ CASES = {
         Case("simclr", Model(2, (2, 4, 7, 14), (0.0, 0.5), method="simclr"), BUDGETS, 3.3, CONSTANTS, HAND_MADE),
         Case(
             "dino",
-            Model(
-                2, (2, 4, 7, 14), (0.0, 0.5), method="dino", settings=(("small_crops", 0),), options=("--lr", "1e-3")
-            ),
+            Model(2, (2, 4, 7, 14), (0.0, 0.5), method="dino", settings=(("small_crops", 0),)),
             BUDGETS,
             2.5,
             CONSTANTS,
             HAND_MADE,
-        ),
+        ),  # fmt: skip
     )
 }
 """The demo's ViT and 28-pixel images at base patch 2: 197 tokens, as long as the paper's base grid."""

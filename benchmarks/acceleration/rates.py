@@ -34,20 +34,14 @@ TIED = 0.005  # of accuracy: what a seed moves it by
 
 def rate_of(case: Case) -> float:
     """The learning rate of the case's runs, at a batch of 256."""
-    options = case.model.options
-    if "--lr" in options:
-        return float(options[options.index("--lr") + 1])
     return TrainConfig.for_run(case.model.method, "demo", budget=1.0).lr
 
 
 def run_case(case: Case, budget: float, seeds: Sequence[int], device: str, folder: Path) -> dict[str, Any]:
     """kNN accuracy of runs without acceleration, by learning rate, seed by seed; JSON values."""
-    options = case.model.options
-    at = options.index("--lr") if "--lr" in options else len(options)
-    others = (*options[:at], *options[at + 2 :])
     found: dict[str, list[float]] = {}
     for rate in RATES:
-        model = replace(case.model, options=(*others, "--lr", f"{rate:g}"))
+        model = replace(case.model, options=(*case.model.options, "--lr", f"{rate:g}"))
         setup = Setup(model, budget, device, folder / f"{case.name}-{format_count(budget)}-{rate:g}", 0, PLAIN, True)
         ends = [points_of(train_arm(setup, "none", seed, "none"))[-1]["accuracy"] for seed in seeds]
         found[f"{rate:g}"] = ends

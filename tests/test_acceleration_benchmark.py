@@ -213,6 +213,32 @@ def test_the_rate_of_all_cases_is_among_those_tried() -> None:
     assert {rates.rate_of(case) for case in CASES.values()} <= set(rates.RATES)
 
 
+def test_committed_results_are_of_known_cases_and_keys() -> None:
+    for name, case in CASES.items():
+        names, _ = Plan(case, "cpu", Path("x"), quiet=True).keys(tuple(case.arms), math.inf)
+        for found in read_results(name):
+            assert set(found["runs"]) <= set(names) and found["grid"] == case.model.grid
+
+
+def test_rank_correlations_are_over_the_strategies_of_a_checkpoint() -> None:
+    def point(pilot: str, place: int, progress: float) -> dict[str, Any]:
+        return {
+            "pilot": pilot, "fraction": 0.5, "strategy": f"patch={place}",
+            "scores": {"descent, optimizer": float(place), "ca-mse, euclidean": math.nan if place == 3 else -place},
+            "0.08, recovered": {"loss": progress, "accuracy": 0.0},
+        }  # fmt: skip
+
+    mixed = [point("mixed", place, progress) for place, progress in ((1, 0.1), (2, 0.3), (3, 0.7), (4, 0.9))]
+    none = [point("none", place, -place) for place in (1, 2, 3)]
+    found = [{"seed": 0, "device": "d", "date": "2026-01-01", "points": mixed + none}]
+    rows = {row.claim: row for row in ranking.rows_of(CASE, found)}
+    assert all(parse_row(dataclasses.asdict(row), "here") for row in rows.values())
+    text = "mocov3: rank correlation of {} with progress in the reference's loss, 0.08, recovered, checkpoints of '{}'"
+    assert (rows[text.format("descent, optimizer", "mixed")].value, len(rows)) == (1, 3)  # accuracy has no order
+    assert rows[text.format("ca-mse, euclidean", "mixed")].value == -1  # of the three strategies that have a score
+    assert (rows[text.format("descent, optimizer", "none")].holds, ranking.rows_of(CASE, [])) == (False, [])
+
+
 def test_the_overview_has_a_line_for_every_arm_and_marks_the_best(tmp_path: Path) -> None:
     case = CASES["mocov3"]
     for seed in (0, 1):

@@ -101,7 +101,7 @@ CASES = {
             2.5,
             CONSTANTS,
             HAND_MADE,
-        ),  # fmt: skip
+        ),
     )
 }
 """The demo's ViT and 28-pixel images at base patch 2: 197 tokens, as long as the paper's base grid."""

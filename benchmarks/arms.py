@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,17 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gradscope.checkpoints import list_steps
 from gradscope.config import TrainConfig
-from gradscope.cube import open_cube
+from gradscope.cube import open_cube, profile_of
 from gradscope.errors import GradscopeError
 from gradscope.files import write_text
 from gradscope.runlog import read_log
-from schedulers import load_schedule
+from schedulers import get_criterion, load_schedule
 
 ROOT = Path(__file__).parents[1]
 PROFILE_SHARE = 0.25  # of the budget: what a profile may cost at most
 LEAST_SUB_BATCHES = 8  # of a cell, below which a profile's race does not start
+CRITERIA = tuple(itertools.product(("descent", "ca-mse", "descent-batch"), ("optimizer", "euclidean")))
 KEPT = ("step", "units", "samples", "seconds", "accuracy")
 
 
@@ -159,7 +163,24 @@ def profile_pilot(setup: Setup, pilot: Path, cube: Path, seed: int, offline: Off
         *offline.decision, *setup.watched,
     )  # fmt: skip
     profile_units = float(open_cube(cube).attrs["units"])
-    return {"pilot": offline.pilot, "pilot_units": read_log(pilot)[-1]["units"], "profile_units": profile_units}
+    pilot_units = read_log(pilot)[-1]["units"]
+    return {"pilot": offline.pilot, "pilot_units": pilot_units, "profile_units": profile_units, "best": best_of(cube)}
+
+
+def best_of(cube: Path) -> dict[str, list[list[Any]]]:
+    """(progress, strategy that is first there) of every checkpoint of a cube, by criterion and metric."""
+    dataset, found = open_cube(cube).dataset, {}
+    for criterion, metric in CRITERIA:
+        profile = profile_of(dataset, metric=metric)
+        score_TC = profile.scores(criterion, profile.progress)[0]
+        if get_criterion(criterion).lower_is_better:
+            score_TC = -score_TC
+        strategies = profile.grid.strategies()
+        firsts = [str(strategies[int(np.nanargmax(score_C))]) for score_C in score_TC]
+        found[f"{criterion}, {metric}"] = [
+            [round(float(p), 4), s] for p, s in zip(profile.progress, firsts, strict=True)
+        ]
+    return found
 
 
 def find_schedule(setup: Setup, cube: Path, plan: Path, offline: Offline) -> None:

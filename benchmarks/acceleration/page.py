@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from benchmarks.acceleration import keys, ranking
 from benchmarks.acceleration.cases import CASES, Case
 from benchmarks.acceleration.clock import read_seconds
 from benchmarks.acceleration.runs import FOLDER, read_results
-from benchmarks.acceleration.tables import besides, complete, curves_of, run_key, savings, timed
+from benchmarks.acceleration.tables import besides, complete, curves_of, linear_of, run_key, savings, timed
 from schedulers import format_count
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
@@ -44,17 +43,21 @@ def _case_lines(case: Case, results: Sequence[Mapping[str, Any]], seconds: Mappi
     ]  # fmt: skip
     lines = [
         f"### {case.name}, base patch {case.model.patch}, grid {case.model.grid}, batch {case.model.batch_size}", "",
-        f"kNN accuracy in % after a budget in units, mean over seeds (best in bold); how many times less budget than "
-        f"{format_count(level)} gives the accuracy that no acceleration has with that (5 to 95 % of resampled seeds), "
-        "the same in seconds of steps, and the same with the units of pilot and profile paid by one run.", "",
+        "Accuracy in % after a budget in units, of kNN / linear probe, mean over seeds (best kNN in bold). Then how many "
+        f"times less budget than {format_count(level)} gives the kNN accuracy that no acceleration has with that (5 to "
+        "95 % of resampled seeds), the same in seconds of steps, and the same with the units of pilot and profile paid "
+        "by one run.", "",
         _line(header), _line(["---"] * len(header)),
     ]  # fmt: skip
     for arm, curve in curves.items():
         cells = [case.arms[arm].title]
         for budget in budgets:
-            mean = statistics.fmean(curve[budget]) if budget in curve else math.nan
-            text = "" if math.isnan(mean) else f"{100 * mean:.1f}"
-            cells.append(f"**{text}**" if mean == best[budget] else text)
+            if budget not in curve:
+                cells.append("")
+                continue
+            mean, linear = statistics.fmean(curve[budget]), linear_of(case, results, arm, budget)
+            text = f"**{100 * mean:.1f}**" if mean == best[budget] else f"{100 * mean:.1f}"
+            cells.append(text if linear is None else f"{text} / {100 * linear:.1f}")
         cells.append(str(len(complete(case, results, arm))))
         lines.append(_line([*cells, *_ratios(case, results, arm, level, seconds)]))
     picture = PICTURES / f"acceleration-{case.name}.png"

@@ -32,7 +32,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.acceleration.cases import CASES, Case
 from benchmarks.acceleration.runs import FOLDER, WORK, Plan, run_key
-from benchmarks.arms import Offline
+from benchmarks.arms import CRITERIA, Offline
 from benchmarks.branch import branch
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, table
@@ -49,7 +49,6 @@ CHECKPOINTS = (1, 2, 3)
 HORIZONS = (0.02, 0.08)  # of the pilot's budget
 RECOVERY = 0.02
 BATCHES, BATCH = 16, 64  # on which the reference's loss is measured
-CRITERIA = tuple(itertools.product(("descent", "ca-mse", "descent-batch"), ("optimizer", "euclidean")))
 MEASURES = ("loss", "accuracy")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks.acceleration import clock, keys, ranking, rates, runs, tables, transfer
+from benchmarks.acceleration import clock, keys, paper, ranking, rates, runs, tables, transfer
 from benchmarks.acceleration.cases import CASES
 from benchmarks.parts import run_parts
 from benchmarks.summary import Row
@@ -22,9 +22,10 @@ PARTS = ("rates", "runs", "clock", "ranking", "keys", "transfer")
 
 def rows_of(folder: Path) -> list[Row]:
     """Rows of all cases from the result files in `folder`."""
-    made = []
+    made = paper.cost_rows()
     for case in CASES.values():
         made += tables.rows_of(case, runs.read_results(case.name, folder), clock.read_seconds(case.name, folder))
+        made += paper.rows_of(case, runs.read_results(case.name, folder))
         made += rates.rows_of(case, rates.read_results(case.name, folder))
         made += ranking.rows_of(case, ranking.read_results(case.name, folder))
     return made + keys.rows_of(keys.read_results(folder)) + transfer.rows_of(transfer.read_results(folder))

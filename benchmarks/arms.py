@@ -27,7 +27,7 @@ from gradscope.cube import open_cube, profile_of
 from gradscope.errors import GradscopeError
 from gradscope.files import write_text
 from gradscope.runlog import read_log
-from schedulers import get_criterion, load_schedule
+from schedulers import Strategy, get_criterion, load_schedule
 
 ROOT = Path(__file__).parents[1]
 PROFILE_SHARE = 0.25  # of the budget: what a profile may cost at most
@@ -52,7 +52,8 @@ class Offline:
 class Model:
     """What is trained, on what, with which strategies: the base `patch`, and the grid's `patches` and `dropouts`.
 
-    `image_size` in pixels, for costs. `settings`: further ones of `gradscope train --set`, `options`: other options.
+    `size` is a name of VIT_SIZES, `image_size` in pixels. `settings`: further ones of `gradscope train --set`,
+    `options`: other options.
     """
 
     patch: int
@@ -62,6 +63,7 @@ class Model:
     data: str = "fashion-mnist-10k"
     image_size: int = 28
     batch_size: int = 64
+    size: str = "demo"
     settings: tuple[tuple[str, Any], ...] = ()
     options: tuple[str, ...] = ()
 
@@ -74,20 +76,28 @@ class Model:
         """The options of `gradscope train`."""
         return (
             "--method", self.method, "--data", self.data, "--patch", str(self.patch), "--grid", self.grid,
-            "--batch-size", str(self.batch_size), *self.options,
+            "--batch-size", str(self.batch_size), *(["--model", self.size] if self.size != "demo" else []),
+            *(["--image-size", str(self.image_size)] if self.image_size != 28 else []), *self.options,
             *(word for name, value in self.settings for word in ("--set", f"{name}={value}")),
         )  # fmt: skip
+
+    def config(self, budget: float = 1.0) -> TrainConfig:
+        """The configuration of runs, as far as grid, costs and learning rate go."""
+        return TrainConfig.for_run(
+            self.method, self.size, budget=budget, patch=self.patch, patches=self.patches, dropouts=self.dropouts,
+            batch_size=self.batch_size, **dict(self.settings),
+        )  # fmt: skip
+
+    def cost(self, strategy: Strategy) -> float:
+        """Units per sample."""
+        return self.config().cost(self.image_size, strategy)
 
     def profile_samples(self, budget: float, checkpoints: int) -> int:
         """Most samples per cell with which a profile costs at most PROFILE_SHARE of `budget`, in whole sub-batches.
 
         Never fewer than LEAST_SUB_BATCHES of them.
         """
-        config = TrainConfig.for_run(
-            self.method, "demo", budget=budget, patch=self.patch, patches=self.patches, dropouts=self.dropouts,
-            **dict(self.settings),
-        )  # fmt: skip
-        costs = [config.cost(self.image_size, strategy) for strategy in config.grid(self.image_size).strategies()]
+        costs = [self.cost(strategy) for strategy in self.config().grid(self.image_size).strategies()]
         sub_batches = int(PROFILE_SHARE * budget / (checkpoints * sum(costs) * self.batch_size))
         return self.batch_size * max(sub_batches, LEAST_SUB_BATCHES)
 

@@ -40,7 +40,7 @@ class TrainConfig:
     (the rate is tuned for its unaccelerated run). `for_run` starts from the published recipe of a method and model.
 
     - `budget` in units. `method`: mocov3, simclr, dino. `data`: a name, or the path of an image folder, whose images
-      are cut to `image_size` pixels (0: the data's own size, 224 for a folder).
+      are brought to `image_size` pixels (0: the data's own size, 224 for a folder).
     - `model`: demo, tiny, small, base; `width`, `depth`, `heads` and `mlp_ratio` where they are to be others than the
       model's own (0); `positions`: sincos or learned; `drop_path`: share of skipped branches in the last block.
     - `patch`: the base patch in pixels; with dropout 0 it is the reference. `patches` and `dropouts` span the grid of

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.acceleration import keys, ranking, rates, transfer
-from benchmarks.acceleration.cases import CASES
+from benchmarks.acceleration.cases import CASES, cases_for
 from benchmarks.acceleration.page import overview
 from benchmarks.acceleration.runs import Plan, read_results, run_key
 from benchmarks.acceleration.tables import besides, crossing, curves_of, rows_of, savings
@@ -115,7 +115,7 @@ def test_what_came_before_a_pilot_is_paid_for_too() -> None:
 
 def test_a_profile_may_cost_a_quarter_of_the_budget_whatever_the_method_has_besides() -> None:
     for case in CASES.values():
-        sub_batches = case.model.profile_samples(240e3, 5) / case.model.batch_size
+        sub_batches = case.model.profile_samples(case.budgets[-1], 5) / case.model.batch_size
         assert sub_batches == int(sub_batches) > 8
 
 
@@ -209,8 +209,12 @@ def test_rows_of_keys_rates_and_transfer() -> None:
     assert transfer.rows_of([]) == [] == keys.rows_of([])
 
 
-def test_the_rate_of_all_cases_is_among_those_tried() -> None:
-    assert {rates.rate_of(case) for case in CASES.values()} <= set(rates.RATES)
+def test_cases_are_for_a_device_and_their_runs_for_their_model() -> None:
+    assert cases_for("cpu") == ["mocov3", "simclr", "dino"] and cases_for("cuda:0") == ["mocov3-small-60"]
+    model = CASES["mocov3-small-60"].model
+    words = " ".join(model.words)
+    assert "--model small" in words and "--image-size 60" in words and "--batch-size 256" in words
+    assert model.cost(model.config().reference) == 4 and rates.rate_of(CASES["mocov3"]) == 4e-3
 
 
 def test_committed_results_are_of_known_cases_and_keys() -> None:

@@ -35,7 +35,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Case:
-    """Budgets in units, ascending; pilots have the largest. `aim`: times less budget."""
+    """Budgets in units, ascending; pilots have the largest. `aim`: times less budget.
+
+    `favourite`: the constant that is also run with another decay. `device`: what the case is meant for.
+    """
 
     name: str
     model: Model
@@ -43,6 +46,8 @@ class Case:
     aim: float
     constants: Mapping[str, str]
     hand_made: str
+    favourite: str = "patch7"
+    device: str = "cpu"
 
     @property
     def arms(self) -> dict[str, Arm]:
@@ -53,7 +58,12 @@ class Case:
             **{name: Arm(f"constant {text}", text) for name, text in self.constants.items()},
             "hand-made": Arm(f"made by hand: {self.hand_made}", self.hand_made),
             "none-poly": Arm("no acceleration, polynomial decay", "none", most=SHORT, options=POLY),
-            "patch7-poly": Arm("constant patch=7, polynomial decay", "patch=7", most=SHORT, options=POLY),
+            f"{self.favourite}-poly": Arm(
+                f"constant {self.constants[self.favourite]}, polynomial decay",
+                self.constants[self.favourite],
+                most=SHORT,
+                options=POLY,
+            ),
             "paper": Arm("ca-mse, fraction, from the unaccelerated run", offline=Offline("none", PAPER, FRACTION)),
             "paper-trajectory": Arm("ca-mse, trajectory, from the unaccelerated run", offline=Offline("none", PAPER)),
             "paper-adam": Arm(
@@ -89,6 +99,11 @@ CONSTANTS = {
 HAND_MADE = "patch=7@0.4;patch=4@0.85;patch=2"
 BUDGETS = (15e3, 30e3, 60e3, 120e3, 240e3)
 
+SMALL_60 = Model(
+    4, (4, 6, 10, 15), (0.0, 0.5), data="fashion-mnist", image_size=60, batch_size=256, size="small",
+    options=("--precision", "bf16"),
+)  # fmt: skip
+
 CASES = {
     case.name: case
     for case in (
@@ -102,6 +117,22 @@ CASES = {
             CONSTANTS,
             HAND_MADE,
         ),
+        Case(
+            "mocov3-small-60",
+            SMALL_60,
+            (0.5e6, 1e6, 2e6, 4e6, 8e6),
+            4.0,
+            {"patch6": "patch=6", "patch6-dropout0.5": "patch=6,dropout=0.5", "patch10": "patch=10"},
+            "patch=10@0.4;patch=6@0.85;patch=4",
+            "patch10",
+            device="cuda",
+        ),
     )
 }
-"""The demo's ViT and 28-pixel images at base patch 2: 197 tokens, as long as the paper's base grid."""
+"""On the CPU the demo's ViT and 28-pixel images at base patch 2: 197 tokens, as long as the paper's base grid. On a GPU
+ViT-S and all of Fashion-MNIST at 60 pixels, base patch 4: 226 tokens, the paper's at 240 pixels and patch 16."""
+
+
+def cases_for(device: str) -> list[str]:
+    """The names of the cases that are meant for a device."""
+    return [case.name for case in CASES.values() if case.device == device.partition(":")[0]]

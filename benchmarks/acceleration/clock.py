@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceleration.cases import CASES
+from benchmarks.acceleration.cases import CASES, cases_for
 from benchmarks.acceleration.runs import FOLDER, WORK, Plan
 from gradscope.files import write_text
 from schedulers import Strategy
@@ -38,11 +38,11 @@ def seconds_of(run: Mapping[str, Any], seconds: Mapping[str, float]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default all for the device")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="one round; writes nothing")
     options = parser.parse_args()
-    for name in options.cases:
+    for name in options.cases or cases_for(options.device):
         case = CASES[name]
         setup = Plan(case, options.device, WORK / name, quiet=True).setup(case.budgets[-1])
         text = setup.gradscope(

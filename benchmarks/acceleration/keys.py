@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.acceleration.cases import CASES
 from benchmarks.acceleration.runs import FOLDER, WORK
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, table
-from gradscope.config import Setting, TrainConfig, open_setting
+from gradscope.config import Setting, open_setting
 from gradscope.engines import derive_seed
 from gradscope.evaluation import dataset_features, knn_accuracy
 from gradscope.files import write_text
@@ -132,10 +133,7 @@ def main() -> int:
     if options.quick:
         work, options.seeds, options.budget = WORK / "quick" / "keys", options.seeds[:1], 2e3
     for seed in options.seeds:
-        config = TrainConfig.for_run(
-            model.method, "demo", data=model.data, patch=model.patch, patches=model.patches, dropouts=model.dropouts,
-            batch_size=model.batch_size, budget=options.budget, seed=seed,
-        )  # fmt: skip
+        config = replace(model.config(options.budget), data=model.data, seed=seed)
         setting = open_setting(config)
         found: dict[str, Any] = {
             "seed": seed, "budget": options.budget, "device": device_text(options.device, torch.get_num_threads()),

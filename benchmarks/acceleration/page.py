@@ -43,7 +43,7 @@ def _case_lines(case: Case, results: Sequence[Mapping[str, Any]], seconds: Mappi
     ]  # fmt: skip
     lines = [
         f"### {case.name}, base patch {case.model.patch}, grid {case.model.grid}, batch {case.model.batch_size}", "",
-        "Accuracy in % after a budget in units, of kNN / linear probe, mean over seeds (best kNN in bold). Then how many "
+        "Accuracy in % after a budget in units, kNN / linear probe, mean over seeds (best kNN in bold). Then how many "
         f"times less budget than {format_count(level)} gives the kNN accuracy that no acceleration has with that (5 to "
         "95 % of resampled seeds), the same in seconds of steps, and the same with the units of pilot and profile paid "
         "by one run.", "",

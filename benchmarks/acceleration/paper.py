@@ -17,7 +17,6 @@ from benchmarks.acceleration.cases import Case
 from benchmarks.acceleration.runs import cube_key
 from benchmarks.acceleration.tables import COMMAND, curves_of, differences
 from benchmarks.summary import Row
-from gradscope.config import TrainConfig
 from schedulers import Strategy, format_count, paper_cost, paper_table2b_cost
 
 PRINTED = Path(__file__).parents[2] / "tests" / "schedulers" / "paper_costs.json"
@@ -64,8 +63,8 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
 
     best = _best(case, results)
     costs = {at: [_cost(case, s) for s in strategies] for at, strategies in best.items()}
-    cheapest = min(_cost(case, str(s)) for s in _config(case).grid(case.model.image_size).strategies())
-    dearest = _cost(case, str(_config(case).reference))
+    grid = case.model.config().grid(case.model.image_size)
+    cheapest, dearest = min(map(case.model.cost, grid.strategies())), case.model.cost(grid.reference)
     moderate = [cheapest < cost < dearest for at, found in costs.items() if at <= EARLY for cost in found]
     chosen = "; ".join(f"{at:.2f}: {', '.join(found)}" for at, found in best.items())
     row(
@@ -92,7 +91,7 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
                 "above 0" if budget == case.budgets[0] else "below 0",
                 (lambda mean: mean > 0) if budget == case.budgets[0] else (lambda mean: mean < 0),
             )  # fmt: skip
-    for poly in ("none-poly", "patch7-poly"):
+    for poly in ("none-poly", f"{case.favourite}-poly"):
         cosine = poly.removesuffix("-poly")
         for budget in sorted(set(curves.get(poly, ())) & set(curves.get(cosine, ()))):
             row(
@@ -114,13 +113,5 @@ def _best(case: Case, results: Sequence[Mapping[str, Any]]) -> dict[float, list[
     return dict(sorted(found.items()))
 
 
-def _config(case: Case) -> TrainConfig:
-    model = case.model
-    return TrainConfig.for_run(
-        model.method, "demo", budget=1.0, patch=model.patch, patches=model.patches, dropouts=model.dropouts,
-        **dict(model.settings),
-    )  # fmt: skip
-
-
 def _cost(case: Case, strategy: str) -> float:
-    return _config(case).cost(case.model.image_size, Strategy.parse(strategy))
+    return case.model.cost(Strategy.parse(strategy))

@@ -18,29 +18,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceleration.cases import CASES, Case
+from benchmarks.acceleration.cases import CASES, Case, cases_for
 from benchmarks.acceleration.runs import FOLDER, PLAIN, WORK
 from benchmarks.arms import Setup, points_of, train_arm
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, table
-from gradscope.config import TrainConfig
 from gradscope.files import write_text
 from schedulers import format_count, parse_count
 
 COMMAND = "python -m benchmarks.acceleration.rates"
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+FACTORS = (0.25, 0.5, 1.0, 2.0)
 TIED = 0.005  # of accuracy: what a seed moves it by
 
 
 def rate_of(case: Case) -> float:
     """The learning rate of the case's runs, at a batch of 256."""
-    return TrainConfig.for_run(case.model.method, "demo", budget=1.0).lr
+    return case.model.config().lr
 
 
 def run_case(case: Case, budget: float, seeds: Sequence[int], device: str, folder: Path) -> dict[str, Any]:
     """kNN accuracy of runs without acceleration, by learning rate, seed by seed; JSON values."""
     found: dict[str, list[float]] = {}
-    for rate in RATES:
+    for rate in (factor * rate_of(case) for factor in FACTORS):
         model = replace(case.model, options=(*case.model.options, "--lr", f"{rate:g}"))
         setup = Setup(model, budget, device, folder / f"{case.name}-{format_count(budget)}-{rate:g}", 0, PLAIN, True)
         ends = [points_of(train_arm(setup, "none", seed, "none"))[-1]["accuracy"] for seed in seeds]
@@ -78,7 +77,7 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default all for the device")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--budget", type=parse_count, default=60e3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -87,7 +86,7 @@ def main() -> int:
     folder = WORK / "rates"
     if options.quick:
         folder, options.budget = WORK / "quick" / "rates", 2e3
-    for name in options.cases:
+    for name in options.cases or cases_for(options.device):
         found = run_case(CASES[name], options.budget, options.seeds, options.device, folder)
         if not options.quick:
             write_text(FOLDER / f"rates-{name}.json", json.dumps(found, indent=1) + "\n")

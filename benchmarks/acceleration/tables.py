@@ -25,7 +25,6 @@ from benchmarks.acceleration.cases import CASES, Case
 from benchmarks.acceleration.clock import read_seconds, seconds_of
 from benchmarks.acceleration.runs import cube_key, read_results, run_key
 from benchmarks.summary import Row, table
-from gradscope.config import TrainConfig
 from schedulers import Schedule, Stage, Strategy, format_count, parse_count
 
 COMMAND = "python -m benchmarks.acceleration.runs --case"
@@ -251,10 +250,6 @@ def draw_schedules(case: Case, results: Sequence[Mapping[str, Any]], budget: flo
     from benchmarks.pictures import draw_figure, find_browser
     from gradscope.plots import plot_schedules
 
-    config = TrainConfig.for_run(
-        case.model.method, "demo", budget=budget, patch=case.model.patch, patches=case.model.patches,
-        dropouts=case.model.dropouts, **dict(case.model.settings),
-    )  # fmt: skip
     drawn = {}
     for arm in case.arms:
         run = results[0]["runs"].get(run_key(arm, budget), {})
@@ -264,7 +259,7 @@ def draw_schedules(case: Case, results: Sequence[Mapping[str, Any]], budget: flo
                 shares = {Strategy.parse(text): share for text, share in mixture.items()}
                 total = sum(shares.values())
                 parts = tuple((strategy, share / total) for strategy, share in shares.items())
-                cost = sum(share * config.cost(case.model.image_size, strategy) for strategy, share in parts)
+                cost = sum(share * case.model.cost(strategy) for strategy, share in parts)
                 stages.append(Stage(start, end, parts, cost))
             drawn[case.arms[arm].title] = Schedule(tuple(stages), budget=budget, batch_size=case.model.batch_size)
     draw_figure(find_browser(), plot_schedules(drawn), path)

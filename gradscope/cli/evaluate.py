@@ -48,7 +48,7 @@ def evaluate(
     ] = None,
     data_folder: DataFolder = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels that a folder's images are cut to; default the model's.")
+        int | None, typer.Option(help="Pixels that images are brought to; default the model's.")
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -176,11 +176,10 @@ def _data(
     """The data to evaluate on: the run's own unless another name or size is given."""
     if name is None and image_size is None:
         return setting.data
-    from gradscope.data import DATASETS, load_data
+    from gradscope.data import load_data
 
-    name = name if name is not None else setting.config.data
-    size = backbone.image_size if image_size is None and name not in DATASETS else image_size
-    return load_data(name, folder, image_size=size)
+    size = backbone.image_size if image_size is None else image_size
+    return load_data(name if name is not None else setting.config.data, folder, image_size=size)
 
 
 def _recipe(image_size: int, epochs: int | None, *, as_json: bool) -> FinetuneOptions:

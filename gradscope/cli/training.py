@@ -48,7 +48,7 @@ def train(
     ] = "fashion-mnist-10k",
     data_folder: DataFolder = None,
     image_size: Annotated[
-        int, typer.Option(help="Pixels to which pictures of a folder are cut; 0: 224, or the data's own.")
+        int, typer.Option(help="Pixels to which images are brought; 0: the data's own, 224 for a folder.")
     ] = 0,
     model: Annotated[str, typer.Option(help="demo, tiny, small or base.")] = "demo",
     patch: Annotated[

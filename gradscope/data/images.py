@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradscope.data.augment import Augmentation, Draw, apply, draw, join
 from gradscope.data.pixels import unit_range
@@ -249,6 +250,31 @@ def image_data(
     mean, std = channel_statistics(train_images)
     arrays = (train_images, train_labels, test_images, test_labels)
     return ImageData(name, *arrays, mean=mean, std=std, classes=classes, digest=_digest(arrays))
+
+
+def resampled(data: ImageData, image_size: int, *, batch_size: int = 1000) -> ImageData:
+    """The same images at `image_size` pixels, bicubic (averaging where they shrink), rounded to uint8.
+
+    Raises UsageError for an `image_size` below 1.
+    """
+    if image_size < 1:
+        raise UsageError(f"image_size is {image_size}; it must be at least 1 pixel")
+
+    def resize(images_NCHW: Tensor) -> Tensor:
+        parts = (
+            F.interpolate(some.float(), (image_size, image_size), mode="bicubic", align_corners=False, antialias=True)
+            for some in torch.split(images_NCHW, batch_size)
+        )
+        return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+
+    return image_data(
+        data.name,
+        train_images=resize(data.train_images),
+        train_labels=data.train_labels,
+        test_images=resize(data.test_images),
+        test_labels=data.test_labels,
+        classes=data.classes,
+    )
 
 
 def channel_statistics(images_BCHW: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -170,7 +170,16 @@ def test_plain_images_in_memory_are_as_they_are() -> None:
         data.plain("val", indices)
 
 
-def test_images_in_memory_are_not_resized() -> None:
-    assert load_data("fashion-mnist-10k", image_size=28).image_size == 28
-    with pytest.raises(UsageError, match="image_size is 224, but the images of fashion-mnist-10k have 28"):
-        load_data("fashion-mnist-10k", image_size=224)
+def test_images_in_memory_are_resampled_when_asked() -> None:
+    data = load_data("fashion-mnist-10k")
+    assert load_data("fashion-mnist-10k", image_size=28).digest == data.digest
+    large = load_data("fashion-mnist-10k", image_size=56)
+    assert isinstance(data, ImageData) and isinstance(large, ImageData)
+    assert large.image_size == 56 and large.train_images.dtype == torch.uint8 and large.digest != data.digest
+    assert torch.equal(large.train_labels, data.train_labels) and large.classes == data.classes
+    assert large.mean == pytest.approx(data.mean, abs=3e-3)
+    back = F.interpolate(large.test_images[:50].float(), (28, 28), mode="area")
+    apart = (back[:, None] - data.test_images[:50].float()).abs().mean((2, 3, 4))  # every image against every one
+    assert torch.equal(apart.argmin(1), torch.arange(50)) and apart.diag().mean() < 5  # of 255
+    with pytest.raises(UsageError, match="image_size is 0"):
+        load_data("fashion-mnist-10k", image_size=0)

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -150,10 +149,19 @@ def points_of(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in KEPT} for row in log if "accuracy" in row]
 
 
-def shares_of(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The share of the steps under each strategy, of the steps that a log has."""
-    steps = Counter(row["strategy"] for row in log if "strategy" in row)
-    return {strategy: round(count / steps.total(), 4) for strategy, count in sorted(steps.items())}
+def shares_of(log: Sequence[Mapping[str, Any]], model: Model) -> dict[str, float]:
+    """The share of the steps under each strategy, from the units spent between the rows of a log.
+
+    Rows are evenly spaced in units, so of many steps they show dear strategies more often than cheap ones.
+    """
+    samples: dict[str, float] = {}
+    spent = 0.0
+    for row in log:
+        if "strategy" in row:
+            strategy = str(row["strategy"])
+            units, spent = row["units"] - spent, row["units"]
+            samples[strategy] = samples.get(strategy, 0.0) + units / model.cost(Strategy.parse(strategy))
+    return {strategy: round(count / sum(samples.values()), 4) for strategy, count in sorted(samples.items())}
 
 
 def linear_accuracy(setup: Setup, out: Path) -> float:

@@ -11,3 +11,14 @@ def device_text(device: str, threads: int) -> str:
 
     name = device_name(torch.device(device))
     return name if device.startswith("cuda") else f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    import platform
+
+    import torch
+
+    import gradscope
+
+    return {"gradscope": gradscope.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -9,16 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.acceleration import keys, ranking, rates, transfer
 from benchmarks.acceleration.cases import CASES, cases_for
+from benchmarks.acceleration.numbers import besides, crossing, curves_of, ratio_of, saving_of
 from benchmarks.acceleration.page import overview
-from benchmarks.acceleration.runs import Plan, read_results, run_key
-from benchmarks.acceleration.tables import besides, crossing, curves_of, rows_of, savings
-from benchmarks.summary import parse_row
+from benchmarks.acceleration.runs import Plan, checked, kept, read_results, run_key
+from benchmarks.acceleration.tables import rows_of
+from benchmarks.arms import shares_of
+from benchmarks.summary import SHOWN, parse_row
 from gradscope.config import Setting, TrainConfig, open_setting
+from gradscope.errors import UsageError
 from schedulers import parse_count, parse_schedule
 from schedulers.strategy import Strategy
 
@@ -56,21 +60,31 @@ def test_schedules_of_arms_can_be_read(name: str) -> None:
 
 
 def test_the_budget_at_equal_accuracy() -> None:
-    points = [(10.0, 0.5), (100.0, 0.6), (1000.0, 0.8)]
+    points = {10.0: 0.5, 100.0: 0.6, 1000.0: 0.8}
     assert crossing(points, 0.7) == pytest.approx(math.sqrt(1e5))
     assert crossing(points, 0.4) == 10 and crossing(points, 0.8) == pytest.approx(1000)
     assert crossing(points, 0.81) == math.inf
     # a shorter run that was lucky counts as much as the longer one that was not
-    assert crossing([(10.0, 0.7), (100.0, 0.5), (1000.0, 0.9)], 0.6) == 10
-    assert 100 < crossing([(10.0, 0.7), (100.0, 0.5), (1000.0, 0.9)], 0.75) < 1000
+    assert crossing({10.0: 0.7, 100.0: 0.5, 1000.0: 0.9}, 0.6) == 10
+    assert 100 < crossing({10.0: 0.7, 100.0: 0.5, 1000.0: 0.9}, 0.75) < 1000
 
 
 def test_times_less_budget_and_the_interval_over_seeds() -> None:
     none = {100.0: [0.7, 0.7, 0.7]}
-    assert savings(none, {10.0: [0.7, 0.7, 0.7], 100.0: [0.8, 0.8, 0.8]}, 100.0) == pytest.approx((10, 10, 10))
-    assert savings(none, {10.0: [0.5] * 3, 100.0: [0.6] * 3}, 100.0) == (0, 0, 0)
-    value, low, high = savings(none, {10.0: [0.6, 0.7, 0.72], 100.0: [0.8, 0.8, 0.8]}, 100.0)
-    assert 1 < low < value < high == pytest.approx(10)
+    there = ratio_of(none, {10.0: [0.7, 0.7, 0.7], 100.0: [0.8, 0.8, 0.8]}, 100.0)
+    assert (there.value, there.low, there.high) == pytest.approx((10, 10, 10)) and there.bound
+    never = ratio_of(none, {10.0: [0.5] * 3, 100.0: [0.6] * 3}, 100.0)
+    assert (never.value, never.low, never.high, never.bound) == (0, 0, 0, False)
+    found = ratio_of(none, {10.0: [0.6, 0.7, 0.72], 100.0: [0.8, 0.8, 0.8]}, 100.0)
+    assert 1 < found.low < found.value < found.high == pytest.approx(10) and not found.bound
+
+
+@pytest.mark.parametrize("ends", [(0.6, 0.65, 0.74, 0.73, 0.7), (0.6, 0.6, 0.6, 0.6, 0.6), (0.5, 0.6, 0.7, 0.75, 0.8)])
+def test_nothing_needs_less_budget_than_itself(ends: tuple[float, ...]) -> None:
+    curve = {10.0 * 2**i: [end, end + 0.02 * (i % 2), end - 0.01] for i, end in enumerate(ends)}
+    for level in curve:
+        found = ratio_of(curve, curve, level)
+        assert (found.value, found.low, found.high) == (1, 1, 1) and found.reference <= level * (1 + 1e-12)
 
 
 def results(**accuracies: float) -> list[dict[str, Any]]:
@@ -96,9 +110,10 @@ def test_rows_tell_accuracy_savings_and_costs() -> None:
     by = {row.claim: row for row in rows}
     title = CASE.arms["descent"].title
     about = "mocov3: times less budget for the accuracy of no acceleration at 40K"
-    row = by[f"{about}, at least: it is there with its smallest budget, {title}"]
-    assert (row.value, row.holds, row.runs) == (4.0, True, 2)
-    paid = by[f"{about}, 44K units of pilot and profile paid by one run, {title}"]
+    least = ", at least (it is there with its smallest budget)"
+    row = by[f"{about}{least}, {title}"]
+    assert (row.value, row.high, row.holds, row.runs) == (4.0, None, True, 2)
+    paid = by[f"{about}{least}, 44K units of pilot and profile paid by one run, {title}"]
     assert paid.value == pytest.approx(40 / (10 + 44), abs=1e-3)
     lost = by[f"{about}, {CASE.arms['paper'].title}"]
     assert (lost.value, lost.holds) == (0, False)
@@ -138,33 +153,69 @@ def test_budgets_in_time_are_those_of_the_strategies_that_ran() -> None:
                 half = {"a": 0.5, "b": 0.5}  # the second costs a tenth in units, and takes a fifth of the time
                 run["shares"] = {"a": 1.0} if key.startswith("none") else half
                 run["points"][0]["samples"] = budget / (4.0 if key.startswith("none") else 2.2)
-    by = {row.claim: row.value for row in rows_of(CASE, found, {"a": 1.0, "b": 0.2})}
-    title = CASE.arms["descent"].title
-    ahead = "mocov3: times less budget for the accuracy of no acceleration at 40K"
-    assert by[f"{ahead}, at least: it is there with its smallest budget, {title}"] == 4
-    assert by[f"{ahead}, in seconds of steps instead of units, {title}"] == pytest.approx(4 * (2.2 / 0.6) / 4, abs=1e-3)
+    saving = saving_of(CASE, found, "descent", 40e3, {"a": 1.0, "b": 0.2})
+    assert saving is not None and saving.time is not None and saving.units.value == 4
+    assert saving.time.value == pytest.approx(4 * (2.2 / 0.6) / 4) and saving.time.bound
+    for one in found:
+        for budget in CASE.budgets:
+            one["runs"][run_key("descent", budget)]["probe_seconds"] = budget / (4 * 2.2) * 0.6 * 4
+    with_probes = saving_of(CASE, found, "descent", 40e3, {"a": 1.0, "b": 0.2})
+    assert with_probes is not None and with_probes.time is not None
+    assert with_probes.time.value == pytest.approx(saving.time.value / 2)
+    for unknown in ({"a": 1.0}, {}):
+        without = saving_of(CASE, found, "descent", 40e3, unknown)
+        assert without is not None and without.time is None
+    del found[0]["runs"]["none 10K"]["shares"]
+    without = saving_of(CASE, found, "descent", 40e3, {"a": 1.0, "b": 0.2})
+    assert without is not None and without.time is None
 
 
-def test_an_arm_is_compared_with_the_best_constant_and_the_paper_at_equal_budgets() -> None:
-    rows = rows_of(CASE, results(none=0.6, descent=0.65, paper=0.66, patch4=0.61, patch7=0.62), {})
-    ahead = {row.claim: (row.value, row.holds) for row in rows if "less that of" in row.claim}
-    assert {claim.partition("'descent' less that of ")[2] for claim in ahead} == {
-        "the best constant strategy, 'patch7'", "the paper's criterion, 'paper'",
-    }  # fmt: skip
-    assert set(ahead.values()) == {(0.03, True), (-0.01, False)} and len(ahead) == 2 * len(CASE.budgets)
+def test_shares_of_steps_are_right_though_a_log_shows_few_of_them() -> None:
+    model, (dear, cheap) = CASE.model, ("patch=2,dropout=0", "patch=7,dropout=0")
+    rng, units, log, shown = np.random.default_rng(0), 0.0, [], 0
+    for step in range(20_000):
+        strategy = dear if rng.random() < 0.25 else cheap
+        units += 64 * model.cost(Strategy.parse(strategy))
+        if units * 400 // 2e6 > shown or step == 0:
+            shown = int(units * 400 // 2e6)
+            log.append({"step": step + 1, "units": units, "strategy": strategy})
+    assert len(log) < 500 and sum(row["strategy"] == dear for row in log) > 0.7 * len(log)
+    shares = shares_of([*log, {"step": 1, "units": units, "accuracy": 0.5}], model)
+    assert shares[dear] == pytest.approx(0.25, abs=0.03) and sum(shares.values()) == pytest.approx(1)
+
+
+def test_an_arm_is_compared_with_the_best_constant_of_each_budget_and_others() -> None:
+    found = results(none=0.6, descent=0.65, paper=0.66, patch4=0.61, patch7=0.62, mixed=0.64)
+    for one in found:
+        one["runs"]["patch4 40K"]["points"][0]["accuracy"] = 0.7
+    ahead = {row.claim: row for row in rows_of(CASE, found, {}) if "less that of" in row.claim}
+    said = {claim.partition("mocov3: kNN accuracy after ")[2]: row.value for claim, row in ahead.items()}
+    best = "units of 'descent' less that of the best constant strategy there,"
+    assert said[f"10K {best} 'patch7'"] == said[f"20K {best} 'patch7'"] == 0.03
+    assert said[f"40K {best} 'patch4'"] == pytest.approx(-0.029)
+    assert said["10K units of 'descent' less that of the paper's way, 'paper'"] == -0.01
+    assert said["10K units of 'descent' less that of the mixed run, 'mixed'"] == 0.01
+    assert len(said) == 3 * len(CASE.budgets)
+    only = [found[0] | {"runs": {k: v for k, v in found[0]["runs"].items() if not k.startswith("paper")}}]
+    other = [found[1] | {"runs": {k: v for k, v in found[1]["runs"].items() if not k.startswith("descent")}}]
+    assert rows_of(CASE, [*only, *other], {})  # no seed has both
 
 
 def test_what_was_foretold_stands_beside_what_happened() -> None:
-    found = results(none=0.6, descent=0.61)
+    found = results(none=0.6, descent=0.611)
     for one in found:
-        for key in ("descent 10K", "descent 40K"):
-            one["runs"][key]["predicted_speed_up"] = 3.0
-    rows = {row.claim: row for row in rows_of(CASE, found, {}) if "predicted" in row.claim}
-    (first, last) = rows.values()
-    assert first.claim.endswith("after 10K units, over that; predicted 3.00")
-    assert (first.value, first.holds) == (2.0, True)  # no acceleration has it with 20K
-    assert last.claim.endswith("over that, more than this: it never got there; predicted 3.00")
-    assert (last.value, last.holds) == (1.0, True)
+        for budget in CASE.budgets:
+            one["runs"][run_key("descent", budget)]["predicted_speed_up"] = 3.0
+    first, second, last = (row for row in rows_of(CASE, found, {}) if "predicted" in row.claim)
+    assert first.claim.endswith("after 10K units, over those; predicted 3.00")
+    assert (first.value, first.holds, first.low) == (pytest.approx(2.1, abs=0.05), True, None)
+    assert second.claim.endswith("over those, more than this (it never got there); predicted 3.00")
+    assert (second.value, second.holds, second.aim) == (2.0, True, "at least half of the predicted")
+    assert (last.value, last.holds, last.aim) == (1.0, True, SHOWN)  # nothing can be said
+    worse = results(none=0.6, descent=0.5)
+    worse[0]["runs"]["descent 10K"]["predicted_speed_up"] = worse[1]["runs"]["descent 10K"]["predicted_speed_up"] = 3.0
+    (row,) = (row for row in rows_of(CASE, worse, {}) if "predicted" in row.claim)
+    assert "at most this" in row.claim and (row.value, row.holds) == (1.0, False)
 
 
 def test_own_keys_are_mocov3_where_they_have_the_strategy_of_the_query() -> None:
@@ -204,8 +255,12 @@ def test_rows_of_keys_rates_and_transfer() -> None:
     def ends(**accuracies: float) -> dict[str, Any]:
         return about | {"runs": {arm: {"points": [{"accuracy": value}]} for arm, value in accuracies.items()}}
 
-    rows = transfer.rows_of([ends(transferred=0.7, own=0.704, none=0.6, patch4=0.7, mixed=0.71)])
+    found = ends(transferred=0.7, own=0.704, none=0.6, patch4=0.69, mixed=0.71)
+    found["runs"]["own"] |= {"pilot_units": 60e3, "profile_units": 15e3}
+    found["runs"]["transferred"] |= {"pilot_units": 240e3, "profile_units": 60e3}
+    rows = transfer.rows_of([found])
     assert [row.holds for row in rows] == [True, True, True, False]
+    assert "300K units of the small one, 75K of the wide" in rows[0].claim
     assert transfer.rows_of([]) == [] == keys.rows_of([])
 
 
@@ -258,8 +313,34 @@ def test_the_overview_has_a_line_for_every_arm_and_marks_the_best(tmp_path: Path
         (tmp_path / f"mocov3-{seed}.json").write_text(json.dumps(found))
     (tmp_path / "clock-mocov3.json").write_text(json.dumps({"seconds": {"a": 1.0}}))
     lines = overview(tmp_path)
+    assert overview(tmp_path / "empty") == []
     by = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines if line.startswith("|")}
     assert by["constant patch=4"][:5] == ["**62.0**", "**63.0**", "**64.0**", "**65.0**", "**66.0**"]
-    assert by["constant patch=4"][5:] == ["2", "4.0 (4.0 to 4.0)", "4.0", " |"]
+    assert by["constant patch=4"][5:] == ["2", "4.0 (4.0 to 4.0)", "4.0 (4.0 to 4.0)", "4.0", " |"]
     assert by["no acceleration"][4:6] == ["64.0", "2"] and by["constant patch=7"][6] == "not reached"
-    assert not overview(tmp_path / "empty")
+    (only,) = (json.loads(path.read_text()) for path in tmp_path.glob("mocov3-1.json"))
+    for seed in (0, 1):
+        runs = {key: only["runs"][key] for key in ("none 240K", "patch4 240K")}
+        (tmp_path / f"mocov3-{seed}.json").write_text(json.dumps(only | {"seed": seed, "runs": runs}))
+    assert any("constant patch=4" in line for line in overview(tmp_path))  # runs that have only begun
+
+
+def test_results_of_other_cases_and_settings_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("mocov3", "mocov3-small-60"):
+        (tmp_path / f"{name}-0.json").write_text(json.dumps({"case": name, "seed": 0, "runs": {}}))
+    assert [one["case"] for one in read_results("mocov3", tmp_path)] == ["mocov3"]
+    about = Plan(CASES["mocov3"], "cpu", Path("x"), quiet=True).about
+    assert checked(about, {**about, "seed": 0}) == {**about, "seed": 0}
+    with pytest.raises(UsageError, match=r"of mocov3, seed 0, are of runs with lr 0\.1, not 0\.004"):
+        checked(about, {**about, "seed": 0, "lr": 0.1})
+
+
+def test_a_run_that_was_done_keeps_its_date_and_device() -> None:
+    new = {"points": [1], "date": "2026-02-02", "device": "b", "linear": 0.5}
+    assert kept(new, {"points": [1], "date": "2026-01-01", "device": "a"}) == new | {
+        "date": "2026-01-01",
+        "device": "a",
+    }
+    assert kept(new, {"points": [0], "date": "2026-01-01", "device": "a"}) == new == kept(new, None)
+    cube = {"profile_units": 2.0, "date": "2026-02-02", "device": "b"}
+    assert kept(cube, cube | {"device": "a"})["device"] == "a"

@@ -86,7 +86,7 @@ class Case:
                 for share in (5, 10, 25)
             },
             "descent-none": Arm("descent, trajectory, from the unaccelerated run", offline=Offline("none")),
-            "online": Arm("online, probes charged", "online", least=0.25),
+            "online": Arm("online, probes charged", "online", least=0.125),
         }
 
 

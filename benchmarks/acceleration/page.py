@@ -10,8 +10,9 @@ from typing import Any
 from benchmarks.acceleration import keys, ranking
 from benchmarks.acceleration.cases import CASES, Case
 from benchmarks.acceleration.clock import read_seconds
+from benchmarks.acceleration.numbers import Ratio, complete, curves_of, linear_of, saving_of
 from benchmarks.acceleration.runs import FOLDER, read_results
-from benchmarks.acceleration.tables import besides, complete, curves_of, linear_of, run_key, savings, timed
+from benchmarks.acceleration.tables import LEVELS
 from schedulers import format_count
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
@@ -35,58 +36,48 @@ def _case_lines(case: Case, results: Sequence[Mapping[str, Any]], seconds: Mappi
     curves = {arm: found for arm in case.arms if (found := curves_of(case, results, arm))}
     if "none" not in curves:
         return []
-    budgets, level = list(case.budgets), max(curves["none"])
-    best = {b: max(statistics.fmean(c[b]) for c in curves.values() if b in c) for b in budgets}
+    levels = sorted(curves["none"])[-LEVELS:][::-1]
+    most = max(len(complete(case, results, arm)) for arm in curves)
+    full = [curve for arm, curve in curves.items() if len(complete(case, results, arm)) == most]
+    best = {b: max((statistics.fmean(c[b]) for c in full if b in c), default=0.0) for b in case.budgets}
     header = [
-        "schedule", *map(format_count, budgets), "seeds", f"x less budget than {format_count(level)}", "in time",
-        "pilot and profile paid",
+        "schedule", *map(format_count, case.budgets), "seeds",
+        *(f"x less budget than {format_count(level)}" for level in levels), "in time", "pilot and profile paid",
     ]  # fmt: skip
     lines = [
         f"### {case.name}, base patch {case.model.patch}, grid {case.model.grid}, batch {case.model.batch_size}", "",
-        "Accuracy in % after a budget in units, kNN / linear probe, mean over seeds (best kNN in bold). Then how many "
-        f"times less budget than {format_count(level)} gives the kNN accuracy that no acceleration has with that (5 to "
-        "95 % of resampled seeds), the same in seconds of steps, and the same with the units of pilot and profile paid "
-        "by one run.", "",
+        "Accuracy in % after a budget in units, kNN / linear probe, mean over seeds (bold: best kNN of those with all "
+        "seeds). Then how many times less budget gives the kNN accuracy that no acceleration has with "
+        f"{' and '.join(map(format_count, levels))} (5 to 95 % of resampled seeds), and the first of these in seconds "
+        "of steps, and with the units of pilot and profile paid by one run.", "",
         _line(header), _line(["---"] * len(header)),
     ]  # fmt: skip
     for arm, curve in curves.items():
-        cells = [case.arms[arm].title]
-        for budget in budgets:
+        cells, seeds = [case.arms[arm].title], len(complete(case, results, arm))
+        for budget in case.budgets:
             if budget not in curve:
                 cells.append("")
                 continue
             mean, linear = statistics.fmean(curve[budget]), linear_of(case, results, arm, budget)
-            text = f"**{100 * mean:.1f}**" if mean == best[budget] else f"{100 * mean:.1f}"
+            text = f"**{100 * mean:.1f}**" if mean == best[budget] and seeds == most else f"{100 * mean:.1f}"
             cells.append(text if linear is None else f"{text} / {100 * linear:.1f}")
-        cells.append(str(len(complete(case, results, arm))))
-        lines.append(_line([*cells, *_ratios(case, results, arm, level, seconds)]))
+        savings = [None if arm == "none" else saving_of(case, results, arm, level, seconds) for level in levels]
+        ratios = [_ratio(saving.units, interval=True) if saving else "" for saving in savings]
+        first = savings[0]
+        time = _ratio(first.time) if first and first.time else ""
+        paid = "" if first is None or first.with_paid is None else f"{first.with_paid:.2f}"
+        lines.append(_line([*cells, str(seeds), *ratios, time, paid]))
     picture = PICTURES / f"acceleration-{case.name}.png"
     if picture.is_file():
         lines += ["", f"![Accuracy over the budget, {case.name}]({DEPTH / picture.name})"]
     return [*lines, ""]
 
 
-def _ratios(
-    case: Case, results: Sequence[Mapping[str, Any]], arm: str, level: float, seconds: Mapping[str, float]
-) -> list[str]:
-    """How many times less budget: in units, in time, and with what was paid before; texts, empty where not known."""
-    both = complete(case, complete(case, results, "none"), arm)
-    if arm == "none" or not both:
-        return ["", "", ""]
-    none, curve = curves_of(case, both, "none"), curves_of(case, both, arm)
-    value, low, high = savings(none, curve, level)
-    if not value:
-        return ["not reached", "", ""]
-    at_least = "≥ " if value >= level / min(curve) else ""
-    texts = [f"{at_least}{value:.1f} ({low:.1f} to {high:.1f})", "", ""]
-    if seconds and all("shares" in found["runs"][run_key(arm, b)] for found in both for b in curve):
-        whole = timed(case, both, "none", level, seconds)
-        times = {timed(case, both, arm, b, seconds): values for b, values in curve.items()}
-        texts[1] = f"{at_least}{savings({whole: none[level]}, times, whole)[0]:.1f}"
-    costs = [cost for found in both if (cost := besides(case, found, arm)) is not None]
-    if costs:
-        texts[2] = f"{level / (level / value + statistics.fmean(costs)):.2f}"
-    return texts
+def _ratio(ratio: Ratio, *, interval: bool = False) -> str:
+    if not ratio.value:
+        return "not reached"
+    text = f"{'≥ ' if ratio.bound else ''}{ratio.value:.1f}"
+    return f"{text} ({ratio.low:.1f} to {ratio.high:.1f})" if interval else text
 
 
 def _ranking_lines(case: Case, results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -100,7 +91,7 @@ def _ranking_lines(case: Case, results: Sequence[Mapping[str, Any]]) -> list[str
         f"### Do the criteria rank strategies as short training does? {case.name}", "",
         "Rank correlation (Spearman) over the strategies with the drop of the reference's loss and the gain in kNN "
         "accuracy after a share of the pilot's budget under each, at once or after recovery under the reference; mean "
-        f"over {len({(p['seed'], p['fraction']) for p in points})} checkpoints a pilot.", "",
+        f"over {len({(p['seed'], p['pilot'], p['fraction']) for p in points})} checkpoints of the pilots.", "",
         _line(header), _line(["---"] * len(header)),
     ]  # fmt: skip
     for pilot, criterion in dict.fromkeys((pilot, criterion) for pilot, criterion, _, _ in found):

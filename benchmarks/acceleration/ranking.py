@@ -1,6 +1,6 @@
 """Which criterion ranks strategies as short training does: the true progress of each from the checkpoints of pilots.
 
-    python -m benchmarks.acceleration.ranking [--case mocov3] [--seeds 0] [--pilots none mixed paper] [--quick]
+    python -m benchmarks.acceleration.ranking [--case mocov3] [--seeds 0 1 2] [--pilots none mixed paper] [--quick]
 
 From a checkpoint at a quarter, half and three quarters of a pilot training goes on under each strategy of the grid
 alone, for HORIZONS of the pilot's budget, with the learning rate as the pilot had it; then for RECOVERY of it under the
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.acceleration.cases import CASES, Case
+from benchmarks.acceleration.cases import CASES, Case, cases_for
 from benchmarks.acceleration.runs import FOLDER, WORK, Plan, run_key
 from benchmarks.arms import CRITERIA, Offline
 from benchmarks.branch import branch
@@ -150,8 +150,9 @@ def correlations(points: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, st
 
 
 def read_results(case: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob(f"ranking-{case}-*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    """What was measured of a case, by seed."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"ranking-{case}-*.json"))]
+    return [one for one in found if one["case"] == case]
 
 
 def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -171,15 +172,16 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", choices=CASES, default="mocov3")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--case", choices=CASES, help="default the first for the device")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pilots", nargs="+", choices=PILOTS, default=list(PILOTS))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="tiny budgets; writes nothing")
     options = parser.parse_args()
-    case, folder = CASES[options.case], WORK / options.case
+    case = CASES[options.case or cases_for(options.device)[0]]
+    folder = WORK / case.name
     if options.quick:
-        case, folder = replace(case, budgets=(6e3,)), WORK / "quick" / options.case
+        case, folder = replace(case, budgets=(6e3,)), WORK / "quick" / case.name
     plan = Plan(case, options.device, folder, quiet=True)
     for seed in options.seeds:
         points = run_seed(plan, seed, options.pilots)

@@ -22,12 +22,13 @@ PARTS = ("rates", "runs", "clock", "ranking", "keys", "transfer")
 
 def rows_of(folder: Path) -> list[Row]:
     """Rows of all cases from the result files in `folder`."""
-    made = paper.cost_rows()
+    made: list[Row] = []
     for case in CASES.values():
         made += tables.rows_of(case, runs.read_results(case.name, folder), clock.read_seconds(case.name, folder))
         made += paper.rows_of(case, runs.read_results(case.name, folder))
         made += rates.rows_of(case, rates.read_results(case.name, folder))
         made += ranking.rows_of(case, ranking.read_results(case.name, folder))
+    made += paper.cost_rows(max(row.date for row in made)) if made else []
     return made + keys.rows_of(keys.read_results(folder)) + transfer.rows_of(transfer.read_results(folder))
 
 

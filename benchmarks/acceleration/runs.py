@@ -1,6 +1,6 @@
 """Every arm of a case at every budget, for every seed: what is compared, measured.
 
-    python -m benchmarks.acceleration.runs [--case mocov3] [--seeds 0 1 2] [--arms none descent ...] [--workers 2]
+    python -m benchmarks.acceleration.runs [--case NAME] [--seeds 0 1 2] [--arms none descent ...] [--workers 2]
         [--most 240K] [--quick] [--device cpu]
 
 `--most` leaves out larger budgets, which pilots have all the same. Runs lie in `build/acceleration/<case>/<budget>`,
@@ -14,12 +14,12 @@ import datetime
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceleration.cases import CASES, Arm, Case
+from benchmarks.acceleration.cases import CASES, Arm, Case, cases_for
 from benchmarks.arms import (
     ROOT,
     Offline,
@@ -35,8 +35,8 @@ from benchmarks.arms import (
     told,
     train_arm,
 )
-from benchmarks.machine import device_text
-from gradscope.errors import GradscopeError
+from benchmarks.machine import device_text, versions
+from gradscope.errors import GradscopeError, UsageError
 from gradscope.files import write_text
 from schedulers import format_count, load_schedule, parse_count
 
@@ -54,6 +54,12 @@ class Plan:
     device: str
     folder: Path
     quiet: bool
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What all runs of the case have in common: results of anything else are not of it."""
+        model = self.case.model
+        return {"case": self.case.name, "grid": model.grid, "settings": " ".join(model.words), "lr": model.config().lr}
 
     @property
     def pilot_budget(self) -> float:
@@ -120,7 +126,8 @@ class Plan:
         log = train_arm(replace(setup, train=(*setup.train, *arm.options)), name, seed, schedule)
         if schedule == "online":
             facts = {**probe_facts(out, log), "stages": stages_of(out / "schedule.json")}
-        return {"points": points_of(log), "linear": linear_accuracy(setup, out), "shares": shares_of(log), **facts}
+        facts |= {"linear": linear_accuracy(setup, out), "shares": shares_of(log, self.case.model)}
+        return {"points": points_of(log), **facts}
 
 
 def _summary(run: dict[str, Any]) -> str:
@@ -141,13 +148,31 @@ def cube_key(offline: Offline) -> str:
 
 def read_results(case: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     """What was measured of a case, by seed."""
-    paths = folder.glob(f"{case}-*.json")
-    return sorted((json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda found: found["seed"])
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"{case}-*.json")]
+    return sorted((one for one in found if one["case"] == case), key=lambda one: int(one["seed"]))
+
+
+def checked(about: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """`found`, results of a seed. Raises UsageError where they are of runs with other settings."""
+    for name, value in about.items():
+        if found[name] != value:
+            raise UsageError(
+                f"results of {about['case']}, seed {found['seed']}, are of runs with {name} {found[name]!r}, not "
+                f"{value!r}; move them and build/acceleration/{about['case']} away"
+            )
+    return dict(found)
+
+
+def kept(run: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`run` with the date and the device of `before`, where that was the same run, done already."""
+    done = "points" if "points" in run else "profile_units"
+    same = before is not None and before.get(done) == run[done]
+    return run | {name: before[name] for name in ("date", "device")} if same and before else run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", choices=CASES, default="mocov3")
+    parser.add_argument("--case", choices=CASES, help="default the first for the device")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="with what they need; default all")
     parser.add_argument("--most", type=parse_count, default=float("inf"), help="largest budget")
@@ -155,16 +180,20 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side")
     parser.add_argument("--quick", action="store_true", help="one seed, tiny budgets; writes nothing")
     options = parser.parse_args()
-    case, folder = CASES[options.case], WORK / options.case
+    case = CASES[options.case or cases_for(options.device)[0]]
+    folder = WORK / case.name
     if options.quick:
-        case, folder = replace(case, budgets=(2e3, 4e3)), WORK / "quick" / options.case
+        case, folder = replace(case, budgets=(2e3, 4e3)), WORK / "quick" / case.name
         options.seeds = options.seeds[:1]
     unknown = set(options.arms or ()) - set(case.arms)
     if unknown:
         parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(case.arms)}")
     plan = Plan(case, options.device, folder, quiet=options.workers > 1)
     keys, after = plan.keys(options.arms or tuple(case.arms), options.most)
-    results = {} if options.quick else {found["seed"]: found for found in read_results(case.name)}
+    try:
+        results = {} if options.quick else {one["seed"]: checked(plan.about, one) for one in read_results(case.name)}
+    except UsageError as error:
+        parser.error(str(error))
     failed = []
     for key, seed, done in run_all(plan.run, keys, after, options.seeds, options.workers):
         try:
@@ -172,8 +201,8 @@ def main() -> int:
         except (subprocess.CalledProcessError, GradscopeError) as error:
             failed.append(f"{key}, seed {seed}: {told(error)}")
             continue
-        found = results.setdefault(seed, {"case": case.name, "seed": seed, "grid": case.model.grid, "runs": {}})
-        found["runs"][key] = run | {"device": device_text(options.device, 1)}
+        found = results.setdefault(seed, {**plan.about, "seed": seed, "versions": versions(), "runs": {}})
+        found["runs"][key] = kept(run | {"device": device_text(options.device, 1)}, found["runs"].get(key))
         if not options.quick:
             FOLDER.mkdir(exist_ok=True)
             found["runs"] = {name: found["runs"][name] for name in sorted(found["runs"])}

@@ -47,13 +47,13 @@ ARMS = {"none": "none", "patch4": "patch=4", "mixed": "mixed", "own": "", "trans
 
 def run_seed(small: Plan, setup: Setup, seed: int) -> dict[str, Any]:
     """What every arm came to; JSON values."""
-    for key in (run_key("mixed", small.pilot_budget), cube_key(OFFLINE)):
-        small.run(key, seed)
+    small.run(run_key("mixed", small.pilot_budget), seed)
+    measured = small.run(cube_key(OFFLINE), seed)
     runs: dict[str, Any] = {}
     for arm, schedule in ARMS.items():
         facts: dict[str, Any] = {}
         if not schedule:
-            cube, plan = small.cube(OFFLINE, seed), setup.path(arm, seed, ".json")
+            cube, plan, facts = small.cube(OFFLINE, seed), setup.path(arm, seed, ".json"), measured
             if arm == "own":
                 cube = setup.path("cube", seed, ".nc")
                 facts = profile_pilot(setup, setup.path("mixed", seed), cube, seed, OFFLINE)
@@ -73,6 +73,10 @@ def read_results(folder: Path = FOLDER) -> list[dict[str, Any]]:
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Rows for `summary.json`: the transferred schedule's accuracy less that of every other arm."""
+    paid = {}
+    for arm in ("own", "transferred") if results else ():
+        runs = [found["runs"][arm] for found in results]
+        paid[arm] = format_count(statistics.fmean(run["pilot_units"] + run["profile_units"] for run in runs))
     made = []
     for other in ("own", "none", "patch4", "mixed") if results else ():
         ends = [
@@ -82,7 +86,8 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
         mean = statistics.fmean(ahead)
         made.append(
             Row(
-                "transfer of a schedule from the case mocov3 to a model twice as wide on 60,000 images: kNN accuracy "
+                "transfer of a schedule from the case mocov3 to a model twice as wide on 60,000 images (pilot and "
+                f"profile: {paid['transferred']} units of the small one, {paid['own']} of the wide): kNN accuracy "
                 f"after {format_count(results[0]['budget'])} units ({statistics.fmean(ends[0]):.1%}) less that of "
                 f"'{other}' ({statistics.fmean(ends[1]):.1%})",
                 round(mean, 4), "fraction", round(min(ahead), 4), round(max(ahead), 4),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -255,7 +255,8 @@ def image_data(
 def resampled(data: ImageData, image_size: int, *, batch_size: int = 1000) -> ImageData:
     """The same images at `image_size` pixels, bicubic (averaging where they shrink), rounded to uint8.
 
-    Raises UsageError for an `image_size` below 1.
+    The digest is one of the original images and the size, since single pixels depend on the processor. Raises
+    UsageError for an `image_size` below 1.
     """
     if image_size < 1:
         raise UsageError(f"image_size is {image_size}; it must be at least 1 pixel")
@@ -267,7 +268,7 @@ def resampled(data: ImageData, image_size: int, *, batch_size: int = 1000) -> Im
         )
         return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
 
-    return image_data(
+    made = image_data(
         data.name,
         train_images=resize(data.train_images),
         train_labels=data.train_labels,
@@ -275,6 +276,7 @@ def resampled(data: ImageData, image_size: int, *, batch_size: int = 1000) -> Im
         test_labels=data.test_labels,
         classes=data.classes,
     )
+    return replace(made, digest=hashlib.sha256(f"{data.digest} {image_size}".encode()).hexdigest()[:16])
 
 
 def channel_statistics(images_BCHW: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.config import Setting, TrainConfig, open_setting
-from gradscope.data import DATASETS, load_data
 from gradscope.engines import derive_seed
 from gradscope.errors import UsageError
 from gradscope.foreign.building import Blueprint, blueprint_of, build
@@ -158,15 +157,11 @@ def _setting(blueprint: Blueprint, data: str, data_folder: Path | None, batch_si
     if not patches:
         raise UsageError(f"--image-size {size}: holds a single patch of {patch} pixels; give a larger one")
     config = TrainConfig(
-        budget=1.0, method=blueprint.method, data=data, image_size=0 if data in DATASETS else size, patch=patch,
+        budget=1.0, method=blueprint.method, data=data, image_size=size, patch=patch,
         patches=tuple(patches), dropouts=DROPOUTS, batch_size=2, freeze_patch_embed=False,
         small_crops=blueprint.small_crops, small_size=int(blueprint.settings.get("small_size", 0)),
         crop_scale=blueprint.crop_scale or (), small_scale=blueprint.small_scale or (),
     )  # fmt: skip
-    if data in DATASETS and (own := load_data(data, data_folder).image_size) != size:
-        raise UsageError(
-            f"the images of {data} have {own} pixels, not {size}; --image-size {own} resamples the model's positions"
-        )
     setting = open_setting(config, data_folder)
     if setting.data.channels != blueprint.architecture.channels:
         raise UsageError(

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.plots import _theme
+from gradscope.plots._marks import Marks
 from gradscope.plots._theme import number, plain, points, strategy_text
-from schedulers.strategy import AxisValue
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -83,27 +83,20 @@ def _points(info: BiasVarianceInfo, t: int) -> list[Any]:
     """One trace per value of the first axis, then the ring around the best strategy."""
     import plotly.graph_objects as go
 
-    first, second, axis, other = _groups(info)
+    marks = Marks.of(info.strategies)
     heights = info.heights()[t]
     drawn_down = np.minimum(info.bias_error[t], heights - info.floor)
     drawn_up = np.maximum(info.bias[t] + info.bias_error[t] - heights, 0)
     traces = []
-    for i, value in enumerate(first):
-        at = [c for c, s in enumerate(info.strategies) if s[axis] == value and np.isfinite(heights[c])]
-        shapes = [_shape(second.index(info.strategies[c][other]) if other else 0, i) for c in at]
-        colour = _theme.PALETTE[i % len(_theme.PALETTE)]
-        bars: dict[str, Any] = {"thickness": 1.2, "width": 0, "color": colour, "type": "data"}
+    for value in marks.first:
+        at = [c for c in marks.with_value(value) if np.isfinite(heights[c])]
+        bars: dict[str, Any] = {"thickness": 1.2, "width": 0, "color": marks.colour(value), "type": "data"}
         traces.append(
             go.Scatter(
                 x=points([float(info.noise[t, c]) for c in at]),
                 y=points([float(heights[c]) for c in at]),
                 mode="markers",
-                marker={
-                    "color": colour,
-                    "symbol": shapes or "circle",
-                    "size": 12,
-                    "line": {"width": 1.5, "color": "white"},
-                },
+                marker=marks.marker(at, value),
                 error_x={**bars, "array": _numbers(info.noise_error[t, at])},
                 error_y={
                     **bars,
@@ -113,7 +106,7 @@ def _points(info: BiasVarianceInfo, t: int) -> list[Any]:
                 },
                 customdata=[info.hover[t][c] for c in at],
                 hovertemplate="%{customdata}<extra></extra>",
-                name=plain(f"{axis} {value}"),
+                name=plain(f"{marks.axis} {value}"),
                 showlegend=False,
             )
         )
@@ -129,12 +122,6 @@ def _points(info: BiasVarianceInfo, t: int) -> list[Any]:
         )
     )
     return traces
-
-
-def _shape(second: int, first: int) -> str:
-    """Symbol of the second axis's value; open where the first axis has used up the colours."""
-    symbol = _theme.SYMBOLS[second % len(_theme.SYMBOLS)]
-    return f"{symbol}-open" if first // len(_theme.PALETTE) % 2 else symbol
 
 
 def _numbers(values: NDArray[np.float64]) -> list[float]:
@@ -187,24 +174,10 @@ def _lines(info: BiasVarianceInfo) -> list[Any]:
 def _legend(info: BiasVarianceInfo) -> list[Any]:
     import plotly.graph_objects as go
 
-    first, second, axis, other = _groups(info)
-    colours = [
-        (f"{axis} {value}", {"symbol": _shape(0, i), "color": _theme.PALETTE[i % len(_theme.PALETTE)]})
-        for i, value in enumerate(first)
-    ]
-    shapes = [(f"{other} {value}", {"symbol": _shape(i, 0), "color": _theme.MUTED}) for i, value in enumerate(second)]
-    marks = [(plain(name), {**marker, "size": 10}) for name, marker in colours + shapes]
+    marks = Marks.of(info.strategies).legend()
     if any(best is not None for best in info.best):
         marks.append(("lowest CA-MSE", {**_BEST_MARK, "size": 14}))
     return [
         go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True)
         for name, marker in marks
     ]
-
-
-def _groups(info: BiasVarianceInfo) -> tuple[list[AxisValue], list[AxisValue], str, str]:
-    """Values and names of the first axis (colours) and the second (shapes), in the grid's order."""
-    names = list(info.strategies[0])
-    first = list(dict.fromkeys(strategy[names[0]] for strategy in info.strategies))
-    second = list(dict.fromkeys(strategy[names[1]] for strategy in info.strategies)) if len(names) > 1 else []
-    return first, second, names[0], names[1] if second else ""

@@ -137,11 +137,6 @@ def test_backbones_alone_only_under_a_chosen_loss(run: Run, tmp_path: Path) -> N
         (
             ("--heads", 4, "--epochs", 20, "--data", "fashion-mnist-10k"),
             2,
-            "28 pixels, not 16; --image-size 28 resamples",
-        ),
-        (
-            ("--heads", 4, "--epochs", 20, "--data", "fashion-mnist-10k", "--image-size", 28),
-            2,
             "images of 1 channels, but the checkpoints' model takes 3",
         ),
         (

@@ -81,7 +81,7 @@ def main() -> int:
         budget = 4e3 if options.quick else CASES[name].budgets[-1]
         run = Plan(CASES[name], options.device, folder, quiet=True).setup(budget).path("none", 0)
         if not run.is_dir() or not list_steps(run):
-            print(f"{name}: no run without acceleration yet; `python -m benchmarks.acceleration.runs --case {name}`")
+            print(f"{name}: no run without acceleration yet; `python -m benchmarks.acceleration.runs --cases {name}`")
             continue
         seconds = measure(list_steps(run)[-1], torch.device(options.device), 1 if options.quick else ROUNDS)
         found = {

@@ -132,6 +132,7 @@ def main() -> int:
     work, model, device = WORK / "keys", CASES["mocov3"].model, torch.device(options.device)
     if options.quick:
         work, options.seeds, options.budget = WORK / "quick" / "keys", options.seeds[:1], 2e3
+    done = []
     for seed in options.seeds:
         config = replace(model.config(options.budget), data=model.data, seed=seed)
         setting = open_setting(config)
@@ -143,9 +144,10 @@ def main() -> int:
             kept = work / format_count(options.budget) / f"{name.replace(' ', '-')}-{seed}.json"
             found["runs"][name] = measure(setting, name, kept, device)
             print(f"seed {seed}, {name}: {found['runs'][name]}", flush=True)
+        done.append(found)
         if not options.quick:
             write_text(FOLDER / f"keys-{seed}.json", json.dumps(found, indent=1) + "\n")
-    print(table([("acceleration", row) for row in rows_of(read_results())]))
+    print(table([("acceleration", row) for row in rows_of(done)]))
     return 0
 
 

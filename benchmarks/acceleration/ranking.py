@@ -1,6 +1,6 @@
 """Which criterion ranks strategies as short training does: the true progress of each from the checkpoints of pilots.
 
-    python -m benchmarks.acceleration.ranking [--case mocov3] [--seeds 0 1 2] [--pilots none mixed paper] [--quick]
+    python -m benchmarks.acceleration.ranking [--cases mocov3 ...] [--seeds 0 1 2] [--pilots none mixed paper] [--quick]
 
 From a checkpoint at a quarter, half and three quarters of a pilot training goes on under each strategy of the grid
 alone, for HORIZONS of the pilot's budget, with the learning rate as the pilot had it; then for RECOVERY of it under the
@@ -43,7 +43,7 @@ from gradscope.files import write_text
 from gradscope.tasks import PretrainTask
 from schedulers import Strategy
 
-COMMAND = "python -m benchmarks.acceleration.ranking --case"
+COMMAND = "python -m benchmarks.acceleration.ranking --cases"
 PILOTS = {"none": Offline("none"), "mixed": Offline("mixed"), "paper": Offline("paper")}
 CHECKPOINTS = (1, 2, 3)
 HORIZONS = (0.02, 0.08)  # of the pilot's budget
@@ -172,26 +172,26 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", choices=CASES, help="default the first for the device")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default all for the device")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pilots", nargs="+", choices=PILOTS, default=list(PILOTS))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="tiny budgets; writes nothing")
     options = parser.parse_args()
-    case = CASES[options.case or cases_for(options.device)[0]]
-    folder = WORK / case.name
-    if options.quick:
-        case, folder = replace(case, budgets=(6e3,)), WORK / "quick" / case.name
-    plan = Plan(case, options.device, folder, quiet=True)
-    for seed in options.seeds:
-        points = run_seed(plan, seed, options.pilots)
-        found = {
-            "case": case.name, "seed": seed, "device": device_text(options.device, 1),
-            "date": str(datetime.date.today()), "points": points,
-        }  # fmt: skip
-        if not options.quick:
-            write_text(FOLDER / f"ranking-{case.name}-{seed}.json", json.dumps(found, indent=1) + "\n")
-        print(table([("acceleration", row) for row in rows_of(case, [found])]))
+    for name in options.cases or cases_for(options.device):
+        case, folder, seeds = CASES[name], WORK / name, options.seeds
+        if options.quick:
+            case, folder, seeds = replace(case, budgets=(6e3,)), WORK / "quick" / name, seeds[:1]
+        plan = Plan(case, options.device, folder, quiet=True)
+        for seed in seeds:
+            points = run_seed(plan, seed, options.pilots)
+            found = {
+                "case": name, "seed": seed, "device": device_text(options.device, 1),
+                "date": str(datetime.date.today()), "points": points,
+            }  # fmt: skip
+            if not options.quick:
+                write_text(FOLDER / f"ranking-{name}-{seed}.json", json.dumps(found, indent=1) + "\n")
+            print(table([("acceleration", row) for row in rows_of(case, [found])]))
     return 0
 
 

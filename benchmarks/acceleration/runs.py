@@ -1,6 +1,6 @@
 """Every arm of a case at every budget, for every seed: what is compared, measured.
 
-    python -m benchmarks.acceleration.runs [--case NAME] [--seeds 0 1 2] [--arms none descent ...] [--workers 2]
+    python -m benchmarks.acceleration.runs [--cases mocov3 ...] [--seeds 0 1 2] [--arms none descent ...] [--workers 2]
         [--most 240K] [--quick] [--device cpu]
 
 `--most` leaves out larger budgets, which pilots have all the same. Runs lie in `build/acceleration/<case>/<budget>`,
@@ -170,9 +170,36 @@ def kept(run: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any
     return run | {name: before[name] for name in ("date", "device")} if same and before else run
 
 
+def run_case(
+    plan: Plan, arms: Sequence[str], seeds: Sequence[int], most: float, workers: int, *, keep: bool
+) -> list[str]:
+    """Do, or continue, some arms of a case and write what was measured where `keep`. What failed, a line each.
+
+    Raises UsageError where there are results of other settings.
+    """
+    case = plan.case
+    keys, after = plan.keys(arms or tuple(case.arms), most)
+    results = {one["seed"]: checked(plan.about, one) for one in read_results(case.name)} if keep else {}
+    failed = []
+    for key, seed, done in run_all(plan.run, keys, after, seeds, workers):
+        try:
+            run = done.result()
+        except (subprocess.CalledProcessError, GradscopeError) as error:
+            failed.append(f"{case.name}, {key}, seed {seed}: {told(error)}")
+            continue
+        found = results.setdefault(seed, {**plan.about, "seed": seed, "versions": versions(), "runs": {}})
+        found["runs"][key] = kept(run | {"device": device_text(plan.device, 1)}, found["runs"].get(key))
+        if keep:
+            FOLDER.mkdir(exist_ok=True)
+            found["runs"] = {name: found["runs"][name] for name in sorted(found["runs"])}
+            write_text(FOLDER / f"{case.name}-{seed}.json", json.dumps(found, indent=1) + "\n")
+        print(f"{case.name}, {key}, seed {seed}: {_summary(run)}", flush=True)
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", choices=CASES, help="default the first for the device")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default all for the device")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="with what they need; default all")
     parser.add_argument("--most", type=parse_count, default=float("inf"), help="largest budget")
@@ -180,34 +207,21 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side")
     parser.add_argument("--quick", action="store_true", help="one seed, tiny budgets; writes nothing")
     options = parser.parse_args()
-    case = CASES[options.case or cases_for(options.device)[0]]
-    folder = WORK / case.name
-    if options.quick:
-        case, folder = replace(case, budgets=(2e3, 4e3)), WORK / "quick" / case.name
-        options.seeds = options.seeds[:1]
-    unknown = set(options.arms or ()) - set(case.arms)
-    if unknown:
-        parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(case.arms)}")
-    plan = Plan(case, options.device, folder, quiet=options.workers > 1)
-    keys, after = plan.keys(options.arms or tuple(case.arms), options.most)
-    try:
-        results = {} if options.quick else {one["seed"]: checked(plan.about, one) for one in read_results(case.name)}
-    except UsageError as error:
-        parser.error(str(error))
     failed = []
-    for key, seed, done in run_all(plan.run, keys, after, options.seeds, options.workers):
+    for name in options.cases or cases_for(options.device):
+        case, folder, seeds = CASES[name], WORK / name, options.seeds
+        if options.quick:
+            case, folder, seeds = replace(case, budgets=(2e3, 4e3)), WORK / "quick" / name, seeds[:1]
+        unknown = set(options.arms or ()) - set(case.arms)
+        if unknown:
+            parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(case.arms)}")
+        plan = Plan(case, options.device, folder, quiet=options.workers > 1)
         try:
-            run = done.result()
-        except (subprocess.CalledProcessError, GradscopeError) as error:
-            failed.append(f"{key}, seed {seed}: {told(error)}")
-            continue
-        found = results.setdefault(seed, {**plan.about, "seed": seed, "versions": versions(), "runs": {}})
-        found["runs"][key] = kept(run | {"device": device_text(options.device, 1)}, found["runs"].get(key))
-        if not options.quick:
-            FOLDER.mkdir(exist_ok=True)
-            found["runs"] = {name: found["runs"][name] for name in sorted(found["runs"])}
-            write_text(FOLDER / f"{case.name}-{seed}.json", json.dumps(found, indent=1) + "\n")
-        print(f"{key}, seed {seed}: {_summary(run)}", flush=True)
+            failed += run_case(
+                plan, options.arms or (), seeds, most=options.most, workers=options.workers, keep=not options.quick
+            )
+        except UsageError as error:
+            parser.error(str(error))
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failed else 0

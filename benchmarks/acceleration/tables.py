@@ -26,7 +26,7 @@ from benchmarks.acceleration.runs import read_results, run_key
 from benchmarks.summary import SHOWN, Row, table
 from schedulers import format_count
 
-COMMAND = "python -m benchmarks.acceleration.runs --case"
+COMMAND = "python -m benchmarks.acceleration.runs --cases"
 LEVELS = 2  # of the largest budgets of no acceleration whose accuracy others are to reach
 OPTIMIZED = ("descent", "online")  # what is held against the best of the others
 EXACT = (None, None)  # of a number without an interval

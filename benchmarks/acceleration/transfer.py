@@ -112,14 +112,16 @@ def main() -> int:
         options.seeds, options.budget = options.seeds[:1], 4e3
     samples = larger.profile_samples(options.budget, 5)
     setup = Setup(larger, options.budget, options.device, folder / format_count(options.budget), samples, ONCE, True)
+    done = []
     for seed in options.seeds:
         found = {
             "seed": seed, "budget": options.budget, "runs": run_seed(small, setup, seed),
             "device": device_text(options.device, 1), "date": str(datetime.date.today()),
         }  # fmt: skip
+        done.append(found)
         if not options.quick:
             write_text(FOLDER / f"transfer-{seed}.json", json.dumps(found, indent=1) + "\n")
-    print(table([("acceleration", row) for row in rows_of(read_results())]))
+    print(table([("acceleration", row) for row in rows_of(done)]))
     return 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.acceleration import keys, ranking, rates, transfer
+from benchmarks.acceleration import keys, paper, ranking, rates, transfer
 from benchmarks.acceleration.cases import CASES, cases_for
 from benchmarks.acceleration.numbers import besides, crossing, curves_of, ratio_of, saving_of
 from benchmarks.acceleration.page import overview
@@ -344,3 +344,42 @@ def test_a_run_that_was_done_keeps_its_date_and_device() -> None:
     assert kept(new, {"points": [0], "date": "2026-01-01", "device": "a"}) == new == kept(new, None)
     cube = {"profile_units": 2.0, "date": "2026-02-02", "device": "b"}
     assert kept(cube, cube | {"device": "a"})["device"] == "a"
+
+
+def test_the_papers_findings_are_read_from_the_runs() -> None:
+    case = CASES["mocov3"]
+    budgets = (case.budgets[0], case.budgets[-1])
+    firsts = [
+        ["patch=4,dropout=0", "patch=14,dropout=0", "patch=2,dropout=0.5", "patch=2,dropout=0", "patch=2,dropout=0"]
+    ]
+    firsts += [
+        ["patch=7,dropout=0.5", "patch=4,dropout=0.5", "patch=7,dropout=0", "patch=14,dropout=0", "patch=14,dropout=0"]
+    ]
+    results = []
+    for seed, names in enumerate(firsts):
+        accuracies = {"none": (0.6, 0.8), "patch4": (0.65, 0.7), "patch7": (0.7, 0.75), "none-poly": (0.61, None)}
+        runs: dict[str, Any] = {
+            run_key(arm, budget): {"points": [{"accuracy": value}], "device": "d", "date": "2026-01-01"}
+            for arm, values in accuracies.items()
+            for budget, value in zip(budgets, values, strict=True)
+            if value is not None
+        }
+        best = [[i / 4, name] for i, name in enumerate(names)]
+        runs["cube of none, ca-mse"] = {"best": {"ca-mse, euclidean": best}, "device": "d", "date": "2026-01-01"}
+        results.append({"seed": seed, "runs": runs})
+    moderate, shift, small, large, poly = paper.rows_of(case, results)
+    assert (moderate.value, moderate.low, moderate.high, moderate.holds) == (0.75, 0.5, 1, True)  # 5 of 8 by chance
+    assert "above what chance gives, 0.62" in str(moderate.aim) and "0.25 patch=14,dropout=0" in moderate.claim
+    costs = [[case.model.cost(Strategy.parse(name)) for name in names] for names in firsts]
+    logs = [math.log2((c[3] + c[4]) / (c[0] + c[1])) for c in costs]
+    assert (shift.low, shift.high) == pytest.approx((min(logs), max(logs)), abs=1e-4) and shift.low < 0 < shift.high
+    assert shift.holds is (sum(logs) > 0)
+    assert "'patch7'" in small.claim and (small.value, small.holds) == (0.1, True)
+    assert "'patch7'" in large.claim and (large.value, large.holds) == (-0.05, True)
+    assert "'none-poly' less that of 'none'" in poly.claim and (poly.value, poly.holds) == (0.01, True)
+    assert paper.rows_of(case, []) == []
+
+
+def test_the_papers_printed_costs_are_ours() -> None:
+    (row,) = paper.cost_rows("2026-01-01")
+    assert row.value == row.aim == 33 and row.holds

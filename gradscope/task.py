@@ -129,8 +129,9 @@ class Task(ABC):
     def training(self, folder: Path) -> Mapping[str, Any]:
         """How the checkpoints were trained: `schedule` (text), `strategies` (texts), `budget` (units), where known.
 
-        `stages`, optional, are those of the schedule: [{"start", "end", "cost", "mixture"}, ...] as in a schedule's
-        file, with `mixture` as [[{axis: value}, weight], ...]; from them the optimizer knows how the run spent.
+        `stages`, optional, are those of the schedule: [{"start", "end", "cost", "mixture"}, ...] with `mixture` as
+        [[{axis: value}, weight], ...], what `gradscope.pilot.stages_json` makes of a schedule; from them the
+        optimizer knows how the run spent.
         Stages are on the grid's axes and `budget` is a positive number, or a profile ends with TaskError.
         """
         return {}

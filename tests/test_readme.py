@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -17,6 +19,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 ONLINE = (ROOT / "docs" / "online.md").read_text(encoding="utf-8")
+SCHEDULES = (ROOT / "docs" / "schedules.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+HEREDOC = re.compile(r"<<'EOF'\n.*?^EOF$", flags=re.DOTALL | re.MULTILINE)
 EXAMPLE = ROOT / "notebooks" / "own_model.py"
 
 
@@ -75,14 +80,16 @@ def run_main() -> int:
     return 0
 
 
-@pytest.mark.parametrize("text", [README, TRAINING, ONLINE], ids=["README", "training", "online"])
+@pytest.mark.parametrize(
+    "text", [README, TRAINING, ONLINE, SCHEDULES, GUIDE], ids=["README", "training", "online", "schedules", "guide"]
+)
 def test_every_gradscope_line_is_a_command_with_known_options(text: str) -> None:
     import typer.main
 
     from gradscope.cli.app import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    blocks = [block.replace("\\\n", " ") for block in fenced(text, "bash")]
+    blocks = [HEREDOC.sub("", block).replace("\\\n", " ") for block in fenced(text, "bash")]
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     lines = [line[line.index("gradscope ") :] for line in lines if "gradscope " in line]
     assert len(lines) >= 4
@@ -130,9 +137,31 @@ def fenced(text: str, language: str) -> list[str]:
     return [block for name, block in found if name == language]
 
 
-def test_pictures_and_links_exist() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
-    local = [target for target in targets if "://" not in target]
-    assert any(target.endswith(".png") for target in local)
-    for target in local:
-        assert (ROOT / target).exists(), target
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_and_links_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text) + [(t, "") for t in re.findall(r'src="([^"]+)"', text)]
+    for target, anchor in targets:
+        if "://" in target:
+            continue
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        if anchor and there.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor[1:] in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
+
+
+@pytest.mark.slow
+def test_the_guide_runs_from_top_to_bottom_in_an_empty_folder(tmp_path: Path) -> None:
+    """Every block as it stands: shell commands by bash, code by a fresh interpreter."""
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", GUIDE, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 12
+    for language, block in blocks:
+        command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"

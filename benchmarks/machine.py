@@ -19,6 +19,6 @@ def versions() -> dict[str, str]:
 
     import torch
 
-    import gradscope
+    from schedulers.schedule import library_version
 
-    return {"gradscope": gradscope.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"gradscope": library_version(), "torch": torch.__version__, "python": platform.python_version()}

@@ -20,6 +20,7 @@ from benchmarks.acceleration.page import overview
 from benchmarks.acceleration.runs import Plan, checked, kept, read_results, run_key
 from benchmarks.acceleration.tables import rows_of
 from benchmarks.arms import shares_of
+from benchmarks.machine import versions
 from benchmarks.summary import SHOWN, parse_row
 from gradscope.config import Setting, TrainConfig, open_setting
 from gradscope.errors import UsageError
@@ -383,3 +384,9 @@ def test_the_papers_findings_are_read_from_the_runs() -> None:
 def test_the_papers_printed_costs_are_ours() -> None:
     (row,) = paper.cost_rows("2026-01-01")
     assert row.value == row.aim == 33 and row.holds
+
+
+def test_results_say_with_which_versions_they_were_made() -> None:
+    found = versions()
+    assert set(found) == {"gradscope", "torch", "python"} and all(found.values())
+    assert found["torch"] == torch.__version__

@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test lint docs clean
 
 help:
 	@echo "make demo    train, profile, optimize and plot at small size: minutes on a laptop"
 	@echo "make test    run the tests (ARGS='-m slow' for the slow ones)"
 	@echo "make lint    ruff (rules and format) and mypy"
+	@echo "make docs    documentation, notebooks with their figures and API reference in build/docs (SHORT=1: tiny runs)"
 	@echo "make venv    create $(VENV) with gradscope and the development tools"
 	@echo "make clean   remove $(VENV), caches and build outputs"
 	@echo "             PYTHON=python3.12 picks the interpreter that creates $(VENV)"
@@ -33,6 +34,10 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps backpack-for-pytorch
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@ $(VENV)/.installed
+
 venv: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
@@ -47,6 +52,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	$(if $(SHORT),GRADSCOPE_SHORT=1) $(BIN)/python docs/pages.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

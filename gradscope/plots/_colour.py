@@ -75,7 +75,8 @@ def _linear(low: float, high: float) -> ColourRange:
     step = _nice((high - low) / 6)
     first = math.ceil(low / step - 1e-9)
     count = math.floor(high / step + 1e-9) - first + 1
-    ticks = tuple((round((first + i) * step, 12), number((first + i) * step)) for i in range(count))
+    levels = [round((first + i) * step, 12) for i in range(count)]  # the outer ones may lie just beyond the ends
+    ticks = tuple((min(max(level, low), high), number(level)) for level in levels)
     return ColourRange("linear", 1.0, low, high, ticks)
 
 

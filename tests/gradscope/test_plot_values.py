@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gradscope.plots._colour import colour_range
@@ -70,6 +70,7 @@ def test_colours_of_one_repeated_value_span_a_range() -> None:
         assert found.low < value < found.high
 
 
+@example([-60061.0, -1.8622846978075527e-05], False)
 @given(
     st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=12),
     st.booleans(),

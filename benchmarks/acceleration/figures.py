@@ -16,7 +16,8 @@ from benchmarks.acceleration.cases import CASES, Case
 from benchmarks.acceleration.numbers import Results, curves_of
 from benchmarks.acceleration.runs import read_results, run_key
 from benchmarks.pictures import draw_figure, find_browser
-from schedulers import Schedule, Stage, Strategy, parse_count
+from gradscope.plots._theme import PALETTE
+from schedulers import Schedule, Stage, Strategy, format_count, parse_count
 
 
 def draw_curves(case: Case, results: Results, path: Path) -> None:
@@ -24,17 +25,27 @@ def draw_curves(case: Case, results: Results, path: Path) -> None:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for arm in case.arms:
-        curve = curves_of(case, results, arm)
-        if curve:
-            means = [statistics.fmean(values) for values in curve.values()]
-            figure.add_scatter(
-                x=list(curve), y=means, name=arm, mode="lines+markers",
-                line={"width": 4 if arm == "none" else 2, "dash": "dot" if arm in case.constants else "solid"},
-            )  # fmt: skip
+    curves = {arm: curve for arm in case.arms if (curve := curves_of(case, results, arm))}
+    for i, (arm, curve) in enumerate(curves.items()):
+        means = [statistics.fmean(values) for values in curve.values()]
+        figure.add_scatter(
+            x=[budget * 1.015 ** (i - len(curves) / 2) for budget in curve],  # so that bars stand side by side
+            y=means, name=case.arms[arm].title, mode="lines+markers",
+            line={"width": 4 if arm == "none" else 2, "dash": "dot" if arm in case.constants else "solid"},
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1, "width": 0,
+                "array": [max(v) - m for v, m in zip(curve.values(), means, strict=True)],
+                "arrayminus": [m - min(v) for v, m in zip(curve.values(), means, strict=True)],
+            },
+        )  # fmt: skip
     figure.update_layout(
-        xaxis={"type": "log", "title": "budget (units)"}, yaxis={"title": "kNN accuracy", "tickformat": ".0%"},
-        template="plotly_white", width=900, height=560,
+        xaxis={
+            "type": "log", "title": "budget (units)", "tickvals": case.budgets,
+            "ticktext": [format_count(budget) for budget in case.budgets],
+        },
+        yaxis={"title": "kNN accuracy, mean and range of the seeds", "tickformat": ".0%"},
+        template="plotly_white", width=900, height=620, colorway=PALETTE,
+        margin={"t": 20, "r": 20}, legend={"orientation": "h", "y": -0.14},
     )  # fmt: skip
     draw_figure(find_browser(), figure, path)
 

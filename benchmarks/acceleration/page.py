@@ -16,7 +16,7 @@ from benchmarks.acceleration.tables import LEVELS
 from schedulers import format_count
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
-DEPTH = Path("../docs/pictures")
+LINKED = Path("../docs/pictures")  # from the page
 
 
 def overview(folder: Path = FOLDER) -> list[str]:
@@ -69,7 +69,7 @@ def _case_lines(case: Case, results: Sequence[Mapping[str, Any]], seconds: Mappi
         lines.append(_line([*cells, str(seeds), *ratios, time, paid]))
     picture = PICTURES / f"acceleration-{case.name}.png"
     if picture.is_file():
-        lines += ["", f"![Accuracy over the budget, {case.name}]({DEPTH / picture.name})"]
+        lines += ["", f"![Accuracy over the budget, {case.name}]({LINKED / picture.name})"]
     return [*lines, ""]
 
 

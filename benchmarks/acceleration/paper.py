@@ -64,11 +64,11 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
 
     found = [firsts for result in results if (firsts := _firsts(case, result))]
     grid = case.model.config().grid(case.model.image_size)
-    largest = str(max(float(p) for p in grid.axes["patch"]))
+    largest = max(strategy.number("patch") for strategy in grid.strategies())
 
     def moderate(strategy: str) -> bool:
         parsed = Strategy.parse(strategy)
-        return parsed != grid.reference and float(parsed.number("patch")) < float(largest)
+        return parsed != grid.reference and parsed.number("patch") < largest
 
     chance = statistics.fmean(moderate(str(strategy)) for strategy in grid.strategies())
     firsts = "; ".join(", ".join(f"{at:.2f} {strategy}" for at, strategy in one) for one in found)
@@ -100,7 +100,7 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
             row(
                 f"constant strategies win at small budgets and lose at large ones: kNN accuracy of the best constant, "
                 f"'{first}', less that of no acceleration after {format_count(budget)} units", ahead, "fraction",
-                "above 0" if budget == case.budgets[0] else "below 0",
+                f"{'above' if budget == case.budgets[0] else 'below'} 0 in the mean",
                 (lambda mean: mean > 0) if budget == case.budgets[0] else (lambda mean: mean < 0),
             )  # fmt: skip
     for poly in ("none-poly", f"{case.favourite}-poly"):
@@ -109,7 +109,7 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
             row(
                 f"polynomial decay is better than cosine at short budgets: kNN accuracy of '{poly}' less that of "
                 f"'{cosine}' after {format_count(budget)} units", differences(results, poly, cosine, budget),
-                "fraction", "above 0", lambda mean: mean > 0,
+                "fraction", "above 0 in the mean", lambda mean: mean > 0,
             )  # fmt: skip
     return made
 

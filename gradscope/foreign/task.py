@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.config import Setting, TrainConfig, open_setting
+from gradscope.data import DATASETS, Dataset, load_data
 from gradscope.engines import derive_seed
 from gradscope.errors import UsageError
 from gradscope.foreign.building import Blueprint, blueprint_of, build
@@ -162,11 +163,17 @@ def _setting(blueprint: Blueprint, data: str, data_folder: Path | None, batch_si
         small_crops=blueprint.small_crops, small_size=int(blueprint.settings.get("small_size", 0)),
         crop_scale=blueprint.crop_scale or (), small_scale=blueprint.small_scale or (),
     )  # fmt: skip
+    if data in DATASETS:
+        _check_channels(data, load_data(data, data_folder), blueprint)  # before all of its images are resampled
     setting = open_setting(config, data_folder)
-    if setting.data.channels != blueprint.architecture.channels:
-        raise UsageError(
-            f"--data {data}: images of {setting.data.channels} channels, but the checkpoints' model takes "
-            f"{blueprint.architecture.channels}"
-        )
+    _check_channels(data, setting.data, blueprint)
     batch = int(batch_size or TrainConfig.batch_size)
     return replace(setting, config=replace(config, batch_size=max(2, min(batch, setting.data.train_count))))
+
+
+def _check_channels(name: str, images: Dataset, blueprint: Blueprint) -> None:
+    if images.channels != blueprint.architecture.channels:
+        raise UsageError(
+            f"--data {name}: images of {images.channels} channels, but the checkpoints' model takes "
+            f"{blueprint.architecture.channels}"
+        )

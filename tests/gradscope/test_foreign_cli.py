@@ -215,3 +215,14 @@ def test_a_dino_without_centre_gets_the_teachers_mean(run: Run, dino: Path) -> N
     outputs = torch.cat([teacher.targets(next(iter(again.batches(21, s))), again.grid.reference) for s in range(5)])
     distance = (model.centre - outputs.mean(0)).norm()
     assert distance < 0.1 * (outputs.mean(0) - torch.linspace(-0.5, 0.5, 20)).norm()
+
+
+def test_images_that_cannot_suit_are_refused_before_they_are_resampled(
+    run: Run, moco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resample(*_: object) -> None:
+        raise AssertionError("images of one channel were resampled for a model that takes three")
+
+    monkeypatch.setattr("gradscope.data.datasets.resampled", resample)
+    got, _, err = run("profile", "moco", "--heads", 4, "--epochs", 20, "--data", "fashion-mnist-10k")
+    assert got == 2 and "images of 1 channels, but the checkpoints' model takes 3" in err

@@ -116,8 +116,8 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
                 f"mocov3, the paper's finding that {claim}: kNN accuracy of {chosen} ({means[0]:.1%}) less that of "
                 f"{other} ({means[1]:.1%}) after {budget} units",
                 round(statistics.fmean(ahead), 4), "fraction", round(min(ahead), 4), round(max(ahead), 4),
-                "above 0 in the mean", statistics.fmean(ahead) > 0, results[0]["device"], results[-1]["date"], len(ahead),
-                COMMAND,
+                "above 0 in the mean", statistics.fmean(ahead) > 0, results[0]["device"], results[-1]["date"],
+                len(ahead), COMMAND,
             )
         )  # fmt: skip
     return made

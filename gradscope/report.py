@@ -2,79 +2,31 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope import report_tables as tables
 from gradscope.files import write_text
+from gradscope.report_facts import Facts, Shown, report_facts, sentences
 from schedulers.errors import UsageError
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     import xarray as xr
 
-    from gradscope.plots._view import CubeView
     from schedulers.schedule import Schedule
 
 Row = Mapping[str, Any]
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1f2430; --muted: #5b6270; --line: #d9dce1; --soft: #f5f6f8; }
-* { box-sizing: border-box; }
-body { margin: 0; background: white; color: var(--ink); line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 24px 20px 64px; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3em; }
-h2 { font-size: 1.2rem; margin: 2.4em 0 .4em; padding-top: .8em; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.6em 0 .4em; }
-p, ul { max-width: 46rem; margin: .5em 0; }
-ul { padding-left: 1.2em; }
-li { margin: .3em 0; }
-small, .lead { color: var(--muted); }
-.scroll { overflow-x: auto; margin: .6em 0 1em; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .4em 1.2em .4em 0; border-bottom: 1px solid var(--line); }
-th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
-.number { text-align: right; white-space: nowrap; }
-pre { margin: 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-td { overflow-wrap: break-word; min-width: 4.5rem; }
-td + td:not(.number) { min-width: 8.5rem; }
-.figure { margin: .8em 0; }
-.pair { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 24px; }
-@media (min-width: 860px) { .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
-details > summary { cursor: pointer; color: var(--muted); }
-@media (max-width: 520px) { main { padding: 16px 12px 48px; } h1 { font-size: 1.4rem; } .modebar { display: none; } }
-@media print {
-  main { max-width: none; padding: 0; }
-  .figure, tr, h2, h3 { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  .modebar, .updatemenu-container { display: none !important; }
-}
-"""
-
-# All figures over progress on the page show the same point: moving one slider moves them all.
-_LINK = """
-window.addEventListener("load", () => {
-  const figures = Array.from(document.querySelectorAll(".linked .plotly-graph-div"));
-  const at = { mode: "immediate", frame: { duration: 0, redraw: true }, transition: { duration: 0 } };
-  let shown = null;
-  for (const figure of figures) figure.on("plotly_animatingframe", event => {
-    if (event.name === shown) return;
-    shown = event.name;
-    for (const other of figures) if (other !== figure) Plotly.animate(other, [event.name], at);
-  });
-});
-"""
 
 # The browser itself is told to fetch nothing.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 )
-
-_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage"]]}
 
 
 def build_report(
@@ -84,6 +36,7 @@ def build_report(
     runs: Mapping[str, Sequence[Row]] | None = None,
     table: Sequence[Mapping[str, str | float]] | None = None,
     title: str = "gradscope report",
+    refresh: float | None = None,
 ) -> str:
     """The report as an HTML text.
 
@@ -94,6 +47,8 @@ def build_report(
         table: results of runs, a row each; columns are the keys in order of first appearance. By default what
             each of `runs` spent and reached.
         title: heading and name of the page.
+        refresh: seconds after which the open page loads itself again, at the point of training it shows; by default
+            it never does.
 
     Words and numbers come first, figures next, provenance last. plotly.js (about 5 MB) is embedded once and
     nothing is fetched. The metric and criterion shown first are the schedule's where it names them and the
@@ -107,9 +62,10 @@ def build_report(
     from gradscope import plots
 
     table = table or tables.results_of(runs or {})
-    shown = _Shown.of(cube, schedule) if cube is not None else None
+    shown = Shown.of(cube, schedule) if cube is not None else None
+    facts = report_facts(shown, schedule, table)
     figures = _Figures()
-    sections: list[str] = []
+    sections = [_short(facts)]
     if shown:
         sections.append(tables.cells_sentence(shown.view))
     if table:
@@ -121,7 +77,7 @@ def build_report(
         said = tables.uncertainties(shown.dataset, shown.criterion, shown.metric, schedule)
         sections += [_best_section(shown), "<h2>What is uncertain</h2>" + said]
     if shown:
-        sections.append(_cube_figures(shown, schedule, figures))
+        sections.append(_cube_figures(shown, schedule, figures, cube))
     if schedule:
         sections.append("<h2>The schedule over its budget</h2>" + figures.html(plots.plot_schedule(schedule)))
     if runs:
@@ -132,7 +88,18 @@ def build_report(
         sections.append(tables.schedule_provenance(schedule))
     if shown:
         sections.append(tables.cube_provenance(shown.dataset))
-    return _page(title, sections, figures)
+    return _page(title, sections, figures, refresh)
+
+
+def facts_of(
+    *,
+    cube: xr.DataTree | xr.Dataset | None = None,
+    schedule: Schedule | None = None,
+    runs: Mapping[str, Sequence[Row]] | None = None,
+) -> Facts:
+    """What a report of these parts says first, as JSON values: see `report_facts`. Arguments as of `build_report`."""
+    shown = Shown.of(cube, schedule) if cube is not None else None
+    return report_facts(shown, schedule, tables.results_of(runs or {}))
 
 
 def write_report(path: str | os.PathLike[str], **parts: Any) -> None:
@@ -143,38 +110,6 @@ def write_report(path: str | os.PathLike[str], **parts: Any) -> None:
     write_text(Path(path), build_report(**parts))
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """A cube with the metric and the criterion that lead the page."""
-
-    dataset: xr.Dataset
-    view: CubeView
-    metric: str
-    criterion: str
-
-    @classmethod
-    def of(cls, cube: xr.DataTree | xr.Dataset, schedule: Schedule | None) -> _Shown:
-        from gradscope.plots._view import criteria_of, default_metric, metrics_of, read_view, root_dataset
-
-        dataset = root_dataset(cube)
-        names = [found.short for found in criteria_of(dataset)]
-        if not names:
-            raise UsageError("cube: it holds no criterion; profile it with this version")
-        metric, criterion = (schedule.metric, schedule.criterion) if schedule else (None, None)
-        if metric is None or metric not in metrics_of(dataset):
-            metric = default_metric(dataset)
-        if criterion is None or criterion not in names:
-            criterion = "descent" if "descent" in names else names[0]
-        return cls(dataset, read_view(dataset, metric=metric), metric, criterion)
-
-    def costs(self, cost_model: str) -> CubeView | None:
-        """The view in a schedule's cost model, None where the cube does not have it."""
-        from gradscope.plots._view import read_view
-
-        known = "cost" in self.dataset and cost_model in self.dataset["cost_model"].values
-        return read_view(self.dataset, metric=self.metric, cost_model=cost_model) if known else None
-
-
 class _Figures:
     """The figures of one page, numbered, so that the same contents give the same page."""
 
@@ -182,15 +117,30 @@ class _Figures:
         self.count = 0
 
     def html(self, figure: go.Figure) -> str:
-        """The figure as a block that needs plotly.js on the page; nothing plays on load."""
+        """A block that report.js draws with plotly.js; nothing plays on load."""
         self.count += 1
-        block = figure.to_html(
-            config=_CONFIG, auto_play=False, include_plotlyjs=False, full_html=False, div_id=f"figure-{self.count}"
+        text = figure.to_json()
+        for sign in "<>&":
+            text = text.replace(sign, f"\\u{ord(sign):04x}")
+        return (
+            f'<div class="figure" role="group" aria-label="{tables.escaped(_spoken(figure))}">'
+            f'<div id="figure-{self.count}" class="plotly-graph-div" style="height:{figure.layout.height:g}px"></div>'
+            f'<script type="application/json">{text}</script></div>'
         )
-        return f'<div class="figure">{block}</div>'
 
 
-def _best_section(shown: _Shown) -> str:
+def _spoken(figure: go.Figure) -> str:
+    """The figure's title without markup."""
+    text = (figure.layout.title.text or "figure").partition("<br>")[0]
+    return html.unescape(re.sub(r"<[^>]*>", "", text))
+
+
+def _short(facts: Facts) -> str:
+    said = "".join(f"<li>{tables.escaped(sentence)}</li>" for sentence in sentences(facts))
+    return f'<ul class="short" aria-label="In short">{said}</ul>' if said else ""
+
+
+def _best_section(shown: Shown) -> str:
     parts = [
         f"<h2>Best strategy at each progress</h2><p>In the {tables.escaped(shown.metric)} metric. A strategy after ≈ "
         "is within two standard errors of the best.</p>" + tables.best_table(shown.dataset, shown.metric)
@@ -204,8 +154,13 @@ def _best_section(shown: _Shown) -> str:
     return "".join(parts)
 
 
-def _cube_figures(shown: _Shown, schedule: Schedule | None, figures: _Figures) -> str:
-    from gradscope.plots import plot_bias_variance, plot_heatmap
+def _cube_figures(
+    shown: Shown, schedule: Schedule | None, figures: _Figures, cube: xr.DataTree | xr.Dataset | None
+) -> str:
+    import xarray as xr
+
+    from gradscope.cube import groups_of
+    from gradscope.plots import plot_bias_variance, plot_groups, plot_heatmap
     from gradscope.plots._view import criteria_of
 
     def heatmap(name: str) -> str:
@@ -215,22 +170,49 @@ def _cube_figures(shown: _Shown, schedule: Schedule | None, figures: _Figures) -
     rest = [found.short for found in criteria_of(shown.dataset) if found.short != shown.criterion]
     pairs = "".join(heatmap(name) for name in [*rest, "bias_sq", "variance"])
     scatter = figures.html(plot_bias_variance(shown.dataset, metric=shown.metric)) if shown.view.beta() > 0 else ""
+    layers = ""
+    if isinstance(cube, xr.DataTree) and groups_of(cube) is not None and shown.view.beta() > 0:
+        layers = figures.html(plot_groups(cube, metric=shown.metric))
+    numbers = tables.values_table(shown.view, shown.variable)
     return (
         "<h2>Strategies over training</h2><p>Move a slider to go through training: the figures of this section move "
         "together. Point at a cell for all its numbers.</p>"
-        f'<div class="linked">{lead}<div class="pair">{pairs}</div>{scatter}</div>'
+        f'<div class="linked">{_control(shown.view.labels)}{lead}'
+        f"<details><summary>All values of {tables.escaped(shown.criterion)} as a table</summary>{numbers}</details>"
+        f'<div class="pair">{pairs}</div>{scatter}{layers}</div>'
     )
 
 
-def _page(title: str, sections: Sequence[str], figures: _Figures) -> str:
+def _control(names: Sequence[str]) -> str:
+    """A slider and a button that a keyboard reaches; none where there is one point of training."""
+    if len(names) < 2:
+        return ""
+    return (
+        f'<div class="control" data-names="{tables.escaped(json.dumps(list(names)))}">'
+        '<label for="progress">progress</label>'
+        f'<input type="range" id="progress" min="0" max="{len(names) - 1}" step="1" value="0" '
+        f'aria-valuetext="progress {tables.escaped(names[0])}"><output for="progress">{tables.escaped(names[0])}'
+        '</output><button type="button">Play</button></div>'
+    )
+
+
+def _part(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _page(title: str, sections: Sequence[str], figures: _Figures, refresh: float | None) -> str:
     from plotly.offline import get_plotlyjs
 
     scripts = f"<script>{get_plotlyjs()}</script>" if figures.count else ""
-    link = f"<script>{_LINK}</script>" if figures.count else ""
+    link = f"<script>{_part('report.js')}</script>" if figures.count or refresh else ""
+    body = f'<body data-refresh="{refresh:g}">' if refresh else "<body>"
+    live = f"<p><small>Loads itself again every {refresh:g} seconds.</small></p>" if refresh else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{tables.escaped(title)}</title>\n<style>{_STYLE}</style>\n{scripts}\n</head>\n<body>\n<main>\n"
-        f"<h1>{tables.escaped(title)}</h1>\n" + "\n".join(sections) + f"\n</main>\n{link}\n</body>\n</html>\n"
+        f"<title>{tables.escaped(title)}</title>\n<style>{_part('report.css')}</style>\n</head>\n{body}\n<main>\n"
+        f"<h1>{tables.escaped(title)}</h1>\n{live}"
+        + "\n".join(sections)
+        + f"\n</main>\n{scripts}{link}\n</body>\n</html>\n"
     )

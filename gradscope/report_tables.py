@@ -17,12 +17,14 @@ from gradscope.plots._view import (
     Best,
     Candidate,
     CubeView,
+    Variable,
     best_strategies,
     criteria_of,
     metrics_of,
     read_view,
     untrained_strategies,
 )
+from gradscope.report_facts import times_the_samples
 from schedulers.counts import format_count
 
 if TYPE_CHECKING:
@@ -78,6 +80,20 @@ def _best_cell(best: Best | None) -> str:
     winner = best.winner
     tie = f"<br><small>≈ {_names(rival.strategy for rival in best.rivals)}</small>" if best.rivals else ""
     return f"{escaped(strategy_text(winner.strategy))}<br><small>{with_error(winner.value, winner.error)}</small>{tie}"
+
+
+def values_table(view: CubeView, shown: Variable) -> str:
+    """Every value of one variable with its standard error: a row per strategy, a column per progress."""
+    values, errors = view.values(shown.name), view.errors(shown.name)
+    header = ["strategy", *(f"progress {p}" for p in view.labels)]
+    rows = [
+        [
+            escaped(strategy_text(view.strategy(at))),
+            *(with_error(v[at], e[at]) for v, e in zip(values, errors, strict=True)),
+        ]
+        for at in np.ndindex(*view.grid.shape)
+    ]
+    return table_html(header, rows, right=range(1, len(header)))
 
 
 def schedule_table(schedule: Schedule, view: CubeView | None) -> str:
@@ -164,10 +180,9 @@ def _samples_sentence(schedule: Schedule, view: CubeView | None) -> str:
     said = (
         f"The budget of {format_count(schedule.budget)} units pays for {format_count(schedule.total_samples)} samples"
     )
-    if view is not None and view.cost_model == schedule.cost_model:
-        reference = float(view.cost[view.grid.position(view.grid.reference)])
-        if math.isfinite(reference):
-            said += f", {number(reference / schedule.cost)} times as many as the reference alone"
+    more = times_the_samples(schedule, view)
+    if more is not None:
+        said += f", {number(more)} times as many as the reference alone"
     return f"<p>{said}.</p>"
 
 

@@ -86,7 +86,7 @@ class Case:
                 for share in (5, 10, 25)
             },
             "descent-none": Arm("descent, trajectory, from the unaccelerated run", offline=Offline("none")),
-            "online": Arm("online, probes charged", "online", least=0.125),
+            "online": Arm("online, probes charged", "online", least=0.25),
         }
 
 
@@ -108,11 +108,11 @@ CASES = {
     case.name: case
     for case in (
         Case("mocov3", Model(2, (2, 4, 7, 14), (0.0, 0.5)), BUDGETS, 4.0, CONSTANTS, HAND_MADE),
-        Case("simclr", Model(2, (2, 4, 7, 14), (0.0, 0.5), method="simclr"), BUDGETS, 3.3, CONSTANTS, HAND_MADE),
+        Case("simclr", Model(2, (2, 4, 7, 14), (0.0, 0.5), method="simclr"), BUDGETS[:4], 3.3, CONSTANTS, HAND_MADE),
         Case(
             "dino",
             Model(2, (2, 4, 7, 14), (0.0, 0.5), method="dino", settings=(("small_crops", 0),)),
-            BUDGETS,
+            BUDGETS[:4],
             2.5,
             CONSTANTS,
             HAND_MADE,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gradscope.cli.console import DataFolder, Device, Json, Quiet, Seed, emit, open_device, parse_units
+from gradscope.cli.console import DataFolder, Device, Json, Quiet, Seed, emit, note, open_device, parse_units
 
 
 def register(app: typer.Typer) -> None:
@@ -61,24 +61,27 @@ def plot(
         typer.Option(help="A training folder whose curves to show; repeatable; default every one here."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The report.")] = Path("report.html"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep the report up to date while a profile or a run goes on, until Ctrl-C.")
+    ] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks with --watch.")] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """One self-contained report: heatmaps over progress, the trade-off, the schedule, training curves.
+    """One self-contained report: what is best, heatmaps over progress, the schedule, training curves.
 
     gradscope plot
     """
-    from gradscope.cube import open_cube
-    from gradscope.report import write_report
-    from gradscope.trainer import read_log
-    from schedulers import load_schedule
+    from gradscope.report_facts import sentences
+    from gradscope.watch import Sources, make_report, watch_report
 
-    path = schedule or (Path("schedule.json") if Path("schedule.json").is_file() else None)
-    plan = None if path is None else load_schedule(path)
-    folders = run or [log.parent for log in sorted(Path().glob("*/log.jsonl")) if any(log.parent.glob("step-*.pt"))]
-    runs = {folder.name or str(folder): read_log(folder) for folder in folders}
-    write_report(out, cube=open_cube(cube), schedule=plan, runs=runs, title=f"gradscope: {cube.stem}")
+    sources, title = Sources(cube, schedule, run), f"gradscope: {cube.stem}"
+    if watch:
+        facts = watch_report(sources, out, title=title, every=interval, say=note)
+    else:
+        facts = make_report(sources, out, title=title)
+    shown = sources.schedule_path()
     emit(
-        {"report": str(out), "cube": str(cube), "schedule": None if path is None else str(path)},
-        [f"{out}: open it in a browser"],
+        {"report": str(out), "cube": str(cube), "schedule": None if shown is None else str(shown), "facts": facts},
+        [*sentences(facts), f"{out}: open it in a browser"],
         as_json=as_json,
     )

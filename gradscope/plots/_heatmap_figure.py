@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,8 @@ _TOP, _AXIS, _SLIDER = 36, 52, 78  # pixels: space above the titles, axis title,
 _WRITTEN_COLUMNS = 5  # more columns than this leave no room for numbers on a narrow screen
 _CHOSEN_MARK = {"symbol": "circle", "size": 11, "color": _theme.INK, "line": {"width": 2, "color": "white"}}
 _BEST_MARK = {"symbol": "star", "size": 15, "color": "white", "line": {"width": 1.5, "color": _theme.INK}}
+_RIVAL_MARK = {"symbol": "star", "size": 8, "color": "white", "line": {"width": 1.2, "color": _theme.INK}}
+_HATCH = (0.1, 0.18, 0.26)  # how far lines reach into a cell from its lower right corner, in cells
 
 
 def heatmap_figure(info: HeatmapInfo, start: int) -> go.Figure:
@@ -51,7 +54,7 @@ def heatmap_figure(info: HeatmapInfo, start: int) -> go.Figure:
         title={"text": titles[start]},
         height=full_height,
         margin={"l": 60, "r": 88, "t": top, "b": bottom},
-        legend={"y": (bottom - above_legend) / full_height, "entrywidth": 58},
+        legend={"y": (bottom - above_legend) / full_height, "entrywidth": 58, "itemsizing": "trace"},
         coloraxis={
             "colorscale": _theme.COLOUR_SCALE,
             "reversescale": info.variable.better == "lower",
@@ -100,7 +103,7 @@ def _title(info: HeatmapInfo, t: int) -> str:
 
 
 def _traces(info: HeatmapInfo, t: int) -> list[Any]:
-    """What changes from frame to frame, in one order: grey cells, values, crosses, outlines, marks."""
+    """What changes from frame to frame, in one order: grey cells, values, crosses, hatches, outlines, marks."""
     import plotly.graph_objects as go
 
     x, y = list(range(len(info.columns))), list(range(len(info.rows)))
@@ -115,8 +118,8 @@ def _traces(info: HeatmapInfo, t: int) -> list[Any]:
     grey = np.where(info.missing[t], 1.0, np.nan)
     written = [(int(i), int(j)) for i, j in np.argwhere(~info.missing[t]) if len(info.columns) <= _WRITTEN_COLUMNS]
     failed = np.argwhere(info.failed[t])
-    outline = [point for cell in info.chosen[t] for point in _rectangle(cell)]
-    line_x, line_y = [p[0] for p in outline], [p[1] for p in outline]
+    outline = _line_of(_rectangle(cell) for cell in info.chosen[t])
+    hatch = _line_of(_hatch((int(i), int(j))) for i, j in np.argwhere(info.uncertain[t]))
     best = info.best[t]
     silent: dict[str, Any] = {"hoverinfo": "skip", "showlegend": False}
     return [
@@ -139,13 +142,22 @@ def _traces(info: HeatmapInfo, t: int) -> list[Any]:
             marker={"symbol": "x-thin", "size": 20, "line": {"width": 2, "color": _theme.INK}},
             **silent,
         ),
-        go.Scatter(x=points(line_x), y=points(line_y), mode="lines", line={"color": "white", "width": 7}, **silent),
-        go.Scatter(x=points(line_x), y=points(line_y), mode="lines", line={"color": _theme.INK, "width": 3}, **silent),
+        go.Scatter(**hatch, mode="lines", line={"color": "white", "width": 3.5}, **silent),
+        go.Scatter(**hatch, mode="lines", line={"color": _theme.INK, "width": 1.5}, **silent),
+        go.Scatter(**outline, mode="lines", line={"color": "white", "width": 7}, **silent),
+        go.Scatter(**outline, mode="lines", line={"color": _theme.INK, "width": 3}, **silent),
         go.Scatter(
             x=points([c[1] - 0.36 for c in info.chosen[t]]),
             y=points([c[0] + 0.29 for c in info.chosen[t]]),
             mode="markers",
             marker=_CHOSEN_MARK,
+            **silent,
+        ),
+        go.Scatter(
+            x=points([c[1] + 0.36 for c in info.rivals[t]]),
+            y=points([c[0] + 0.29 for c in info.rivals[t]]),
+            mode="markers",
+            marker=_RIVAL_MARK,
             **silent,
         ),
         go.Scatter(
@@ -166,6 +178,12 @@ def _legend(info: HeatmapInfo) -> list[Any]:
     entries: list[tuple[bool, str, dict[str, Any]]] = [
         (any(info.chosen), "schedule", _CHOSEN_MARK),
         (any(info.best), "best", _BEST_MARK),
+        (any(info.rivals), "as good", _RIVAL_MARK),
+        (
+            bool(info.uncertain.any()),
+            "≈ 0",
+            {"symbol": "line-ne", "size": 10, "line": {"width": 2, "color": _theme.INK}},
+        ),
         (bool((info.missing & ~info.failed).any()), "no value", {"symbol": "square", **square}),
         (
             bool(info.failed.any()),
@@ -187,10 +205,27 @@ def _ink(info: HeatmapInfo, t: int, cell: Cell) -> str:
     return _theme.ink_on(_theme.scale_colour(1 - share if info.variable.better == "lower" else share))
 
 
-def _rectangle(cell: Cell) -> list[tuple[float | None, float | None]]:
+def _rectangle(cell: Cell) -> list[tuple[float, float]]:
     row, column = cell
     left, right, low, high = column - 0.487, column + 0.487, row - 0.47, row + 0.47
-    return [(left, low), (right, low), (right, high), (left, high), (left, low), (right, low), (None, None)]
+    return [(left, low), (right, low), (right, high), (left, high), (left, low), (right, low)]
+
+
+def _hatch(cell: Cell) -> list[tuple[float | None, float | None]]:
+    """Lines across the lower right corner of a cell."""
+    row, column = cell
+    right, low = column + 0.47, row - 0.45
+    return [
+        point
+        for i, far in enumerate(_HATCH)
+        for point in [*([(None, None)] if i else []), (right - far, low), (right, low + far)]
+    ]
+
+
+def _line_of(parts: Iterable[Sequence[tuple[float | None, float | None]]]) -> dict[str, Any]:
+    """x and y of one line that is interrupted between the parts."""
+    joined = [point for part in parts for point in [*part, (None, None)]]
+    return {"x": points([x for x, _ in joined]), "y": points([y for _, y in joined])}
 
 
 def _lists(array: NDArray[np.float64]) -> list[list[float | None]]:

@@ -225,6 +225,11 @@ def _best(view: CubeView, values: Floats, errors: Floats, left: NDArray[np.bool_
     return Best(position, winner, rivals)
 
 
+def near_zero(values: Floats, errors: Floats) -> NDArray[np.bool_]:
+    """Where two standard errors do not tell a value from zero; never where the error is unknown or zero."""
+    return np.asarray((errors > 0) & (np.abs(values) <= 2 * errors))
+
+
 def untrained_strategies(cube: xr.Dataset | xr.DataTree) -> list[Strategy] | None:
     """Strategies of the grid that the checkpoints were never trained under (design §4); None where not recorded."""
     view = read_view(cube)

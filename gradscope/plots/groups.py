@@ -12,7 +12,7 @@ from gradscope.plots import _theme
 from gradscope.plots._colour import colour_range
 from gradscope.plots._heatmap_figure import heatmap_figure
 from gradscope.plots._theme import number, plain, strategy_text, with_error
-from gradscope.plots._view import FAILED, CubeView, Variable, read_view
+from gradscope.plots._view import FAILED, CubeView, Variable, near_zero, read_view
 from gradscope.plots.heatmap import HeatmapInfo
 from schedulers.errors import UsageError
 from schedulers.strategy import AxisValue, Strategy
@@ -31,7 +31,7 @@ PARTS = {
 """What can be shown: the two parts of `ca-mse`, which sum over the groups to those of the whole gradient."""
 
 _MOST = 12  # strategies of a grid that are all shown; of a larger one those along its axes
-_LETTER, _LONGEST = 6.4, 26  # pixels of a letter of a group's name, and letters of which there is room
+_LETTER, _LONGEST = 6.4, 16  # pixels of a letter of a group's name, and letters of which there is room
 
 
 def plot_groups(
@@ -108,10 +108,12 @@ def _groups_info(
         positions=colours.colour(values),
         missing=missing,
         failed=missing & (status_TC == FAILED)[:, None, :],
+        uncertain=near_zero(values, errors),
         colours=colours,
         hover=_hover(view, name, names, shown, values, errors),
         chosen=tuple(() for _ in view.progress),
         best=tuple(None for _ in view.progress),
+        rivals=tuple(() for _ in view.progress),
         notes=tuple(_notes(names, frame, name) for frame in values),
     )
 

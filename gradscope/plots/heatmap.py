@@ -21,6 +21,7 @@ from gradscope.plots._view import (
     CubeView,
     Variable,
     best_strategies,
+    near_zero,
     read_view,
     variable,
 )
@@ -43,7 +44,9 @@ class HeatmapInfo:
 
     `values` are raw; `positions` are colours (NaN = no value); `failed` and `missing` are masks, a
     failed cell being missing too. `chosen` lists the cells that the schedule runs at each progress,
-    `best` the best cell where it lies on the slice shown, `notes` what each frame says in words.
+    `best` the best cell where it lies on the slice shown, `rivals` those that two standard errors do not
+    tell from it, `notes` what each frame says in words. `uncertain` is a mask of values that two standard
+    errors do not tell from zero.
     """
 
     variable: Variable
@@ -58,10 +61,12 @@ class HeatmapInfo:
     positions: NDArray[np.float64]
     missing: NDArray[np.bool_]
     failed: NDArray[np.bool_]
+    uncertain: NDArray[np.bool_]
     colours: ColourRange
     hover: tuple[tuple[tuple[str, ...], ...], ...]
     chosen: tuple[tuple[Cell, ...], ...]
     best: tuple[Cell | None, ...]
+    rivals: tuple[tuple[Cell, ...], ...]
     notes: tuple[tuple[str, ...], ...]
 
 
@@ -89,7 +94,8 @@ def plot_heatmap(
 
     Lighter is better for every variable that has a better end. Colours span one range over all frames,
     logarithmic where clear values span more than two decades. Cells without a value are grey, failed ones
-    have a cross. The best strategy of a frame is marked for criteria.
+    have a cross; values that two standard errors do not tell from zero have a hatched corner. For criteria
+    the best strategy of a frame has a star, and those within two standard errors of it a small one.
 
     Raises:
         UsageError: a variable, metric or axis that the cube does not hold.
@@ -137,10 +143,12 @@ def _heatmap_info(
         positions=colours.colour(values),
         missing=missing,
         failed=missing & (_slice(view, view.status, across, up) == FAILED),
+        uncertain=near_zero(values, errors),
         colours=colours,
         hover=_hover(view, shown, _positions(view, across, up), shares, best),
         chosen=tuple(_chosen_cells(view, share, across, up) for share in shares),
         best=tuple(_cell(view, found.winner.strategy, across, up) if found else None for found in best),
+        rivals=tuple(_cells(view, [r.strategy for r in found.rivals] if found else [], across, up) for found in best),
         notes=tuple(
             _notes(found, share, fixed, gets_there=schedule is None or bool(share))
             for found, share in zip(best, shares, strict=True)
@@ -224,7 +232,11 @@ def _cell(view: CubeView, strategy: Strategy, across: str, up: str) -> Cell | No
 
 
 def _chosen_cells(view: CubeView, shares: dict[Strategy, float], across: str, up: str) -> tuple[Cell, ...]:
-    cells = (_cell(view, strategy, across, up) for strategy in _main(shares))
+    return _cells(view, _main(shares), across, up)
+
+
+def _cells(view: CubeView, strategies: Sequence[Strategy], across: str, up: str) -> tuple[Cell, ...]:
+    cells = (_cell(view, strategy, across, up) for strategy in strategies)
     return tuple(sorted(cell for cell in cells if cell is not None))
 
 
@@ -268,6 +280,8 @@ def _hover(
             value = with_error(values[at], errors[at])
             if np.isnan(values[at]) and field.is_criterion and view.status[at] == DONE:
                 value = "undefined (the reference gradient is lost in noise)"
+            elif errors[at] > 0 and abs(values[at]) <= 2 * errors[at]:
+                value += " (within two standard errors of zero)"
             lines.append(f"{field.short}: <b>{value}</b>" if field == shown else f"{field.short}: {value}")
         if np.isfinite(view.cost[position]):
             lines.append(f"cost: {number(view.cost[position])} units per sample ({plain(view.cost_model)})")
@@ -279,7 +293,7 @@ def _hover(
         if found and found.position == position:
             lines.append("★ best at this progress")
         elif found and any(rival.strategy == strategy for rival in found.rivals):
-            lines.append("☆ within two standard errors of the best")
+            lines.append("⋆ within two standard errors of the best")
         return "<br>".join(lines)
 
     return tuple(tuple(tuple(text(t, p) for p in row) for row in positions) for t in range(len(view.progress)))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from gradscope.cube import digest_of
+from gradscope.cube import digest_of, new_groups
 from schedulers.costs import token_cost
 from schedulers.criteria import CRITERIA, Moments
 from schedulers.schedule import Schedule, Stage
@@ -19,6 +19,9 @@ PENDING, DONE, FAILED = 0, 1, 2
 FAILED_CELL = (2, 1, 2)
 """Indices (progress, patch, dropout) of the one failed cell of `sample_cube`."""
 PENDING_CELLS = ((4, 2, 1), (4, 2, 2))
+GROUPS = ("embed", "blocks.0", "a_very_long_name_of_a_module.that_nobody_can_read")
+SHARES = (0.5, 0.3, 0.2)
+"""Of GROUPS, of every moment of a tree made from the sample cube."""
 
 
 def sample_cube(
@@ -138,6 +141,15 @@ def third_axis(cube: xr.Dataset) -> xr.Dataset:
     made = stack.assign_coords(resolution=[28, 20]).transpose("progress", "cost_model", "patch", "dropout", ...)
     made.attrs = {**cube.attrs, "reference": f"{cube.attrs['reference']},resolution=28"}
     return made
+
+
+def tree_of(cube: xr.Dataset, names: Sequence[str] = GROUPS, shares: Sequence[float] = SHARES) -> xr.DataTree:
+    """`cube` as the root of a tree with parameter groups, each of which has its share of every moment."""
+    groups = new_groups(cube, names)
+    for name in ("bias_sq", "bias_sq_se", "variance", "variance_se"):
+        whole = cube[name].transpose("progress", "patch", "dropout", "metric").values
+        groups[name].values[:] = whole[..., None] * np.asarray(shares)
+    return xr.DataTree.from_dict({"/": cube, "/param_groups": groups})
 
 
 def sample_schedule(cube: xr.Dataset) -> Schedule:

@@ -126,6 +126,31 @@ def test_heatmap_marks_no_best_cell_of_a_moment(cube: xr.Dataset) -> None:
     assert info_of(cube, "bias_sq").best == (None,) * 5
 
 
+def test_heatmap_marks_what_two_standard_errors_do_not_tell_from_the_best(cube: xr.Dataset) -> None:
+    info = info_of(cube)
+    errors = cube["descent_se"].sel(metric="optimizer").transpose("progress", "dropout", "patch").values
+    for t, best in enumerate(info.best):
+        assert best is not None
+        near = np.abs(info.values[t] - info.values[t][best]) <= 2 * np.hypot(errors[t], errors[t][best])
+        near[best] = False
+        assert [list(cell) for cell in info.rivals[t]] == np.argwhere(near).tolist()
+        hover = [[("standard errors of the best" in text) for text in row] for row in info.hover[t]]
+        assert np.argwhere(hover).tolist() == np.argwhere(near).tolist()
+
+
+def test_heatmap_marks_values_that_may_be_zero(cube: xr.Dataset) -> None:
+    info = info_of(cube, "bias_sq")
+    errors = cube["bias_sq_se"].sel(metric="optimizer").transpose("progress", "dropout", "patch").values
+    expected = (errors > 0) & (np.abs(info.values) <= 2 * errors)
+    assert expected.any() and not expected[:, 0, 0].any()  # the reference's bias is zero, and known to be
+    np.testing.assert_array_equal(info.uncertain, expected)
+    assert "(within two standard errors of zero)" in info.hover[0][1][0]
+    figure = plot_heatmap(cube, variable="bias_sq")
+    hatched = list(figure.select_traces({"mode": "lines", "line.width": 1.5}))
+    assert len(hatched) == 1 and sum(x is None for x in hatched[0].x) == 3 * expected[0].sum()
+    assert "≈ 0" in [trace.name for trace in figure.data if trace.showlegend]
+
+
 def test_heatmap_outlines_what_the_schedule_runs(cube: xr.Dataset, schedule: Schedule) -> None:
     info = info_of(cube, schedule=schedule)
     # patch 7 at dropout .5; patch 4 at 0 until .7; then patch 2 in 80 % of steps (and patch 4 in the rest).
@@ -274,7 +299,7 @@ def test_heatmap_frames_slider_and_legend(cube: xr.Dataset, schedule: Schedule) 
     assert figure.data[1].z == figure.frames[3].data[1].z
     assert figure.layout.updatemenus[0].buttons[0].label == "Play"
     legend = [trace.name for trace in figure.data if trace.showlegend]
-    assert legend == ["schedule", "best", "no value", "failed"]
+    assert legend == ["schedule", "best", "as good", "no value", "failed"]
     assert all(trace.hovertemplate.endswith("<extra></extra>") for trace in figure.data if trace.hovertemplate)
 
 

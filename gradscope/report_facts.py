@@ -1,0 +1,285 @@
+"""What a report says first: the best strategies, what is predicted, what is uncertain, as JSON values and in words."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradscope.plots._theme import number
+from gradscope.plots._view import (
+    DONE,
+    FAILED,
+    Best,
+    CubeView,
+    Variable,
+    best_strategies,
+    criteria_of,
+    default_metric,
+    metrics_of,
+    near_zero,
+    read_view,
+    root_dataset,
+    untrained_strategies,
+    variable,
+)
+from schedulers.counts import format_count
+from schedulers.errors import UsageError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from schedulers.schedule import Schedule, Stage
+
+Facts = dict[str, Any]
+
+_SURE = 0.95  # probability of a stage's strategy from which on it counts as decided
+_SPELLED = 4  # changes of the best strategy that are told one by one
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A cube with the metric and the criterion that lead a report."""
+
+    dataset: xr.Dataset
+    view: CubeView
+    metric: str
+    criterion: str
+
+    @classmethod
+    def of(cls, cube: xr.DataTree | xr.Dataset, schedule: Schedule | None) -> Shown:
+        """Those of the schedule where the cube has them, else the cube's default metric and `descent`.
+
+        Raises UsageError for a cube without any criterion.
+        """
+        dataset = root_dataset(cube)
+        names = [found.short for found in criteria_of(dataset)]
+        if not names:
+            raise UsageError("cube: it holds no criterion; profile it with this version")
+        metric, criterion = (schedule.metric, schedule.criterion) if schedule else (None, None)
+        if metric is None or metric not in metrics_of(dataset):
+            metric = default_metric(dataset)
+        if criterion is None or criterion not in names:
+            criterion = "descent" if "descent" in names else names[0]
+        return cls(dataset, read_view(dataset, metric=metric), metric, criterion)
+
+    @property
+    def variable(self) -> Variable:
+        return variable(self.dataset, self.criterion)
+
+    def costs(self, cost_model: str) -> CubeView | None:
+        """The view in a schedule's cost model, None where the cube does not have it."""
+        known = "cost" in self.dataset and cost_model in self.dataset["cost_model"].values
+        return read_view(self.dataset, metric=self.metric, cost_model=cost_model) if known else None
+
+
+def report_facts(
+    shown: Shown | None, schedule: Schedule | None, table: Sequence[Mapping[str, str | float]] | None
+) -> Facts:
+    """The facts of a report, JSON values; parts that the report lacks are left out.
+
+    `profile`: what was measured. `best`: at each progress the best strategy by the leading criterion, `gain` over the
+    reference's (a ratio; None where one of both is not positive), and those `as_good` within two standard errors.
+    `schedule`: what its budget pays for and what is predicted of it. `uncertain`: counts of what is not settled.
+    `results`: `table`.
+    """
+    facts: Facts = {}
+    if shown:
+        facts |= {"profile": _profile(shown), "best": _best(shown)}
+    if schedule:
+        facts["schedule"] = _schedule(schedule, shown)
+    if shown:
+        facts["uncertain"] = _uncertain(shown, facts["best"], schedule)
+    if table:
+        facts["results"] = [dict(row) for row in table]
+    return facts
+
+
+def _profile(shown: Shown) -> Facts:
+    view = shown.view
+    done, failed = int((view.status == DONE).sum()), int((view.status == FAILED).sum())
+    return {
+        "strategies": len(view.grid), "progress": [float(p) for p in view.progress],
+        "cells": {"all": view.status.size, "measured": done, "failed": failed,
+                  "pending": view.status.size - done - failed},
+        "reference": str(view.grid.reference), "cost_model": view.cost_model,
+        "metric": shown.metric, "criterion": shown.criterion, "better": shown.variable.better,
+    }  # fmt: skip
+
+
+def _best(shown: Shown) -> list[Facts | None]:
+    view, found = shown.view, best_strategies(shown.view, shown.variable)
+    home = np.ravel_multi_index(view.grid.position(view.grid.reference), view.grid.shape)
+    reference_T = view.values(shown.variable.name).reshape(len(view.progress), -1)[:, home]
+    return [
+        None if best is None else _best_at(float(view.progress[t]), best, float(reference_T[t]), shown)
+        for t, best in enumerate(found)
+    ]
+
+
+def _best_at(progress: float, best: Best, reference: float, shown: Shown) -> Facts:
+    winner = best.winner
+    above = reference > 0 and winner.value > 0
+    gain = winner.value / reference if shown.variable.better == "higher" and above else None
+    if shown.variable.better == "lower" and above:
+        gain = reference / winner.value
+    return {
+        "progress": progress,
+        "strategy": str(winner.strategy),
+        "value": winner.value,
+        "se": None if math.isnan(winner.error) else winner.error,
+        "gain": gain,
+        "as_good": [str(rival.strategy) for rival in best.rivals],
+    }
+
+
+def _schedule(schedule: Schedule, shown: Shown | None) -> Facts:
+    facts: Facts = {
+        "budget": schedule.budget,
+        "samples": None if schedule.budget is None else schedule.total_samples,
+        "units_per_sample": schedule.cost,
+        "times_the_samples": times_the_samples(schedule, shown.costs(schedule.cost_model) if shown else None),
+        "stages": [_stage(stage) for stage in schedule.stages],
+        "predicted": {name: value for name, value in schedule.predicted.items() if not isinstance(value, list | dict)},
+    }
+    sure = [stage.probability for stage in schedule.stages if stage.probability is not None]
+    return facts | {"unsure_stages": sum(p < _SURE for p in sure)}
+
+
+def times_the_samples(schedule: Schedule, view: CubeView | None) -> float | None:
+    """Samples that the schedule's budget pays for over those of the reference; None where its cost is not known.
+
+    `view` is a cube's in the schedule's cost model.
+    """
+    if view is None or view.cost_model != schedule.cost_model:
+        return None
+    reference = float(view.cost[view.grid.position(view.grid.reference)])
+    return reference / schedule.cost if math.isfinite(reference) else None
+
+
+def _stage(stage: Stage) -> Facts:
+    return {
+        "start": stage.start,
+        "end": stage.end,
+        "mixture": {str(strategy): weight for strategy, weight in stage.mixture if weight > 0},
+        "units_per_sample": stage.cost,
+        "probability": stage.probability,
+        "regret": stage.regret,
+    }
+
+
+def _uncertain(shown: Shown, best: Sequence[Facts | None], schedule: Schedule | None) -> Facts:
+    from gradscope.cube import digest_of
+
+    view, name = shown.view, shown.variable.name
+    values, errors = view.values(name), view.errors(name)
+    untrained = untrained_strategies(shown.dataset)
+    return {
+        "undecided": [one["progress"] for one in best if one is not None and one["as_good"]],
+        "near_zero": int(near_zero(values, errors).sum()),
+        "untrained": None if untrained is None else [str(strategy) for strategy in untrained],
+        "other_cube": bool(schedule and schedule.cube_digest and schedule.cube_digest != digest_of(shown.dataset)),
+    }
+
+
+def sentences(facts: Facts) -> list[str]:
+    """The facts in a few sentences of plain text, the most important first."""
+    said = []
+    if "profile" in facts:
+        said += _said_best(facts["profile"], facts["best"])
+    if "schedule" in facts:
+        said += _said_schedule(facts["schedule"])
+    if "uncertain" in facts:
+        said += _said_uncertain(facts)
+    return said
+
+
+def _said_best(profile: Facts, best: Sequence[Facts | None]) -> list[str]:
+    found = [one for one in best if one is not None]
+    if not found:
+        return ["Nothing is measured yet."]
+    spans = [
+        (strategy, [one["progress"] for one in group])
+        for strategy, group in itertools.groupby(found, key=lambda one: one["strategy"])
+    ]
+    by = f"By {profile['criterion']} ({profile['metric']} metric)"
+    if len(spans) == 1:
+        where = f"at every point measured, progress {_range(spans[0][1])}" if len(found) > 1 else _at(spans[0][1])
+        said = f"{by} the best strategy is {_text(spans[0][0])} {where}."
+    elif len(spans) <= _SPELLED:
+        said = f"{by} the best strategy is " + ", then ".join(f"{_text(s)} ({_at(ps)})" for s, ps in spans) + "."
+    else:
+        first, last = spans[0][0], spans[-1][0]
+        said = (
+            f"{by} the best strategy goes from {_text(first)} at the beginning to {_text(last)} at the end, "
+            f"with {len(spans) - 1} changes."
+        )
+    gains = [one["gain"] for one in found if one["gain"] is not None]
+    if not gains:
+        return [said]
+    low, high = number(min(gains), 2), number(max(gains), 2)
+    if all(one["strategy"] == profile["reference"] for one in found):
+        return [f"{said} That is the reference: nothing cheaper is worth it by this criterion."]
+    return [f"{said} It scores {low if low == high else f'{low} to {high}'} times as well as the reference."]
+
+
+def _said_schedule(schedule: Facts) -> list[str]:
+    budget, more = schedule["budget"], schedule["times_the_samples"]
+    said = f"The schedule costs {number(schedule['units_per_sample'])} units per sample"
+    if budget is not None:
+        said += f": {format_count(budget)} units pay for {format_count(schedule['samples'])} samples"
+    if more is not None:
+        said += f", {number(more, 2)} times as many as the reference alone"
+    lines = [f"{said}."]
+    speed_up = schedule["predicted"].get("speed_up")
+    if isinstance(speed_up, float) and math.isfinite(speed_up):
+        lines.append(f"It is predicted to train {speed_up:.1f} times as fast as the reference alone.")
+    if schedule["unsure_stages"]:
+        lines.append(
+            f"In {_count(schedule['unsure_stages'], 'stage')} of {len(schedule['stages'])} its strategy is best with "
+            f"less than {_SURE:.0%} probability."
+        )
+    return lines
+
+
+def _said_uncertain(facts: Facts) -> list[str]:
+    uncertain, cells, lines = facts["uncertain"], facts["profile"]["cells"], list[str]()
+    points = sum(one is not None for one in facts["best"])
+    if uncertain["undecided"]:
+        lines.append(
+            f"At {len(uncertain['undecided'])} of {_count(points, 'point')} other strategies are within two standard "
+            "errors of the best: more samples may change it."
+        )
+    elif points:
+        lines.append(f"The best strategy is clear by more than two standard errors at all {_count(points, 'point')}.")
+    if cells["failed"] or cells["pending"]:
+        lines.append(f"Of {cells['all']} cells {cells['failed']} failed and {cells['pending']} are not measured yet.")
+    if uncertain["untrained"]:
+        lines.append(
+            f"The checkpoints were never trained under {len(uncertain['untrained'])} of the "
+            f"{facts['profile']['strategies']} strategies: part of the bias measured there is unfamiliarity."
+        )
+    if uncertain["other_cube"]:
+        lines.append("The schedule was made from another cube than the one shown.")
+    return lines
+
+
+def _text(strategy: str) -> str:
+    """`patch=4,dropout=0.5` as words; whatever else stands there is kept."""
+    return strategy.replace(",", ", ").replace("=", " ")
+
+
+def _range(progress: Sequence[float]) -> str:
+    return f"{progress[0]:.3g} to {progress[-1]:.3g}"
+
+
+def _at(progress: Sequence[float]) -> str:
+    return f"progress {_range(progress)}" if len(progress) > 1 else f"at progress {progress[0]:.3g}"
+
+
+def _count(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"

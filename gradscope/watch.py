@@ -1,0 +1,134 @@
+"""The files that a report is made from, read once or watched while a profile or a training run writes them."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradscope.errors import GradscopeError, UsageError
+from gradscope.signals import StopFlag
+
+if TYPE_CHECKING:
+    from gradscope.report_facts import Facts
+
+LOG = "log.jsonl"
+TICK = 0.2  # seconds between looks at a signal
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a report's parts lie. What is None is looked for in the working folder each time: `schedule.json`, and
+    every training folder, the working folder itself among them."""
+
+    cube: Path
+    schedule: Path | None = None
+    runs: Sequence[Path] | None = None
+
+    def schedule_path(self) -> Path | None:
+        """The schedule's file, None where none was named and there is none."""
+        return self.schedule or (Path("schedule.json") if Path("schedule.json").is_file() else None)
+
+    def run_folders(self) -> list[Path]:
+        """The training folders, in order of their names."""
+        if self.runs:
+            return list(self.runs)
+        logs = [*Path().glob(LOG), *sorted(Path().glob(f"*/{LOG}"))]
+        return [log.parent for log in logs if any(log.parent.glob("step-*.pt"))]
+
+    def stamp(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, time of the last change and size of every file there is: equal where nothing was written."""
+        files = [self.cube, self.schedule_path(), *(folder / LOG for folder in self.run_folders())]
+        found = [(file, file.stat()) for file in files if file is not None and file.is_file()]
+        return tuple((str(file), status.st_mtime_ns, status.st_size) for file, status in found)
+
+    def read(self, *, unfinished: bool = False) -> dict[str, Any]:
+        """Cube, schedule and runs, as `build_report` takes them.
+
+        With `unfinished` files that are not there yet are left out. Raises as `open_cube`, `load_schedule` and
+        `read_log` do.
+        """
+        from gradscope.cube import open_cube
+        from gradscope.runlog import read_log
+        from schedulers import load_schedule
+
+        path, folders = self.schedule_path(), self.run_folders()
+        if unfinished:
+            path = path if path and path.is_file() else None
+            folders = [folder for folder in folders if (folder / LOG).is_file()]
+        return {
+            "cube": None if unfinished and not self.cube.is_file() else open_cube(self.cube),
+            "schedule": None if path is None else load_schedule(path),
+            "runs": {name: read_log(folder) for name, folder in _named(folders).items()},
+        }
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """By the name of the folder, or its path where two have one name."""
+    names = [folder.resolve().name for folder in folders]
+    return {
+        name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders, strict=True)
+    }
+
+
+def make_report(sources: Sources, out: Path, *, title: str) -> Facts:
+    """Write the report and return what it says first."""
+    from gradscope.report import facts_of, write_report
+
+    parts = sources.read()
+    write_report(out, **parts, title=title)
+    return facts_of(**parts)
+
+
+def watch_report(sources: Sources, out: Path, *, title: str, every: float, say: Callable[[str], None]) -> Facts:
+    """Write the report again whenever one of its files has changed, looking every so many seconds, until SIGINT.
+
+    The page written loads itself again as often. At the end it is written once more as one that stays as it is, and
+    what it says first is returned. `say` is told of the first page, of what is waited for and of files that cannot be
+    read.
+
+    Raises:
+        UsageError: `every` is below one second, or nothing was there until the end.
+        Interrupted: SIGTERM, after the last page.
+    """
+    from gradscope.report import write_report
+
+    if not every >= 1:
+        raise UsageError(f"--interval {every:g}: at least 1 second")
+    seen: tuple[tuple[str, int, int], ...] | None = None
+    told = ""
+    with StopFlag() as stop:
+        while stop.signal is None:
+            stamp = sources.stamp()
+            if stamp != seen:
+                seen, news = stamp, f"{sources.cube}: not there yet; waiting"
+                try:
+                    parts = sources.read(unfinished=True)
+                    if any(parts.values()):
+                        write_report(out, **parts, title=title, refresh=every)
+                        news = f"{out}: written; it loads itself again every {every:g} s (Ctrl-C ends this)"
+                except GradscopeError as error:  # a file may be read in the middle of being written
+                    seen, news = None, f"{error}; looking again"
+                if news != told:
+                    told = news
+                    say(news)
+            until = time.monotonic() + every
+            while stop.signal is None and time.monotonic() < until:
+                time.sleep(TICK)
+        facts = _last(sources, out, title)
+        if stop.signal != signal.SIGINT:
+            stop.raise_if_set(f"stopped; {out} is written")
+    return facts
+
+
+def _last(sources: Sources, out: Path, title: str) -> Facts:
+    from gradscope.report import facts_of, write_report
+
+    parts = sources.read(unfinished=True)
+    if not any(parts.values()):
+        raise UsageError(f"{sources.cube}: nothing came to show; is this the folder of the profile or the run?")
+    write_report(out, **parts, title=title)
+    return facts_of(**parts)

@@ -55,6 +55,8 @@ def take(report: Path, out: Path, *, point: int, cell: tuple[float, float]) -> l
 
 def _moved(page: Page, out: Path, point: int, cell: tuple[float, float]) -> list[Path]:
     """The first figure after keys have moved the control to a point, then with the pointer on a cell."""
+    if not page.locator(".control").count():
+        raise PictureError("the report has one point of training: there is no slider to move")
     page.locator(".control input").focus()
     page.keyboard.press("Home")
     for _ in range(point):

@@ -9,6 +9,10 @@ class DataError(GradscopeError):
     """Data that cannot be found, read or trusted; the message names the file and the cure."""
 
 
+class BusyError(GradscopeError):
+    """Another process is writing the same output; the message names it."""
+
+
 class CheckpointError(GradscopeError):
     """A checkpoint, or a folder of them, that cannot be used; the message names the file and the cure."""
 
@@ -38,6 +42,7 @@ class Interrupted(GradscopeError):
 
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "CubeError",
     "DataError",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from gradscope.checks import check_progress, check_repeatable
 from gradscope.cube import open_cube
 from gradscope.engines import SubBatchEngine
 from gradscope.files import check_writable, file_digest
+from gradscope.locks import sole_writer
 from gradscope.measuring import CheckpointMeasurement, Conditions, Look
 from gradscope.profile_cube import ProfileCube
 from gradscope.profile_options import ProfileOptions
@@ -63,12 +64,13 @@ def profile(
     own sub-batches; only the first one reads and writes `out`, and only its cube is complete. `command`: the command
     line to remember in the cube (attribute `profile_command`), "" keeps what `out` remembers. Raises
     CheckpointError, TaskError, CubeError when `out` is another profile's, UsageError for options out of range,
-    Interrupted on a signal, RankError when another rank is gone.
+    Interrupted on a signal, BusyError while another process writes `out`, RankError when another rank is gone.
     """
     options = options or ProfileOptions()
     checkpoints = task.checkpoints(folder)
     nothing: Report = lambda fraction, text: None  # noqa: E731
-    return _Profile(task, folder, checkpoints, out, options, overwrite, report or nothing, ranks, command).run()
+    with sole_writer(out) if ranks.first else nullcontext():
+        return _Profile(task, folder, checkpoints, out, options, overwrite, report or nothing, ranks, command).run()
 
 
 def expected_work(

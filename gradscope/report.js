@@ -1,25 +1,27 @@
 // Draws the figures of a report one after another, so that the words are there at once, and moves them together.
 // All figures over progress show the same point: moving one slider, or the control above them, moves all.
-// A page that loads itself again (data-refresh, in seconds) begins at the point where it was.
+// A page that was loaded again (by itself every data-refresh seconds, or by its reader) begins as it was left.
 window.addEventListener("load", async () => {
   const config = { displaylogo: false, responsive: true, modeBarButtons: [["toImage"]] };
   const still = { mode: "immediate", frame: { duration: 0, redraw: true }, transition: { duration: 0 } };
   const control = document.querySelector(".control");
   const names = control ? JSON.parse(control.dataset.names) : [];
   const [range, said, play] = control ? ["input", "output", "button"].map(tag => control.querySelector(tag)) : [];
+  const details = Array.from(document.querySelectorAll("details"));
   const linked = []; // figures drawn so far that have frames
   const told = new Map(); // figure -> the frame it was sent to, until it says that it is there
-  const key = "progress of " + document.title;
+  const key = "state of " + document.title;
   const seconds = Number(document.body.dataset.refresh);
   let shown = null, playing = null;
 
-  const keep = name => { try { sessionStorage.setItem(key, name); } catch (error) { /* no storage: begin anew */ } };
-  const kept = () => { try { return sessionStorage.getItem(key); } catch (error) { return null; } };
-  const send = (figure, name) => { told.set(figure, name); Plotly.animate(figure, [name], still); };
+  const forget = (figure, name) => { if (told.get(figure) === name) told.delete(figure); };
+  const send = (figure, name) => {
+    told.set(figure, name);
+    Plotly.animate(figure, [name], still).catch(() => forget(figure, name)); // a later move has overtaken this one
+  };
   const show = (name, from) => {
     if (name === shown) return;
     shown = name;
-    keep(name);
     if (control) {
       range.value = names.indexOf(name);
       range.setAttribute("aria-valuetext", "progress " + name);
@@ -27,37 +29,58 @@ window.addEventListener("load", async () => {
     }
     for (const figure of linked) if (figure !== from) send(figure, name);
   };
+  const stop = () => { clearInterval(playing); playing = null; play.textContent = "Play"; };
+  const next = () => { if (+range.value + 1 < names.length) show(names[+range.value + 1], null); else stop(); };
+  const start = () => { play.textContent = "Pause"; playing = setInterval(next, 900); };
+
+  const save = () => {
+    const focus = [range, play].indexOf(document.activeElement);
+    const open = details.map(one => one.open);
+    const state = { name: shown, playing: playing !== null, focus, open };
+    try { sessionStorage.setItem(key, JSON.stringify(state)); } catch (error) { /* no storage: begin anew */ }
+  };
+  const restore = () => {
+    let state = null;
+    try { state = JSON.parse(sessionStorage.getItem(key)); } catch (error) { /* as if there were none */ }
+    if (!state || performance.getEntriesByType("navigation")[0]?.type !== "reload") return;
+    if (names.includes(state.name)) show(state.name, null);
+    if (state.open.length === details.length) details.forEach((one, i) => { one.open = state.open[i]; });
+    if (control && state.focus >= 0) [range, play][state.focus].focus({ preventScroll: true });
+    if (control && state.playing) start();
+  };
 
   if (control) {
-    const stop = () => { clearInterval(playing); playing = null; play.textContent = "Play"; };
-    const next = () => { if (+range.value + 1 < names.length) show(names[+range.value + 1], null); else stop(); };
     range.addEventListener("input", () => show(names[range.value], null));
     play.addEventListener("click", () => {
       if (playing !== null) return stop();
       if (+range.value + 1 === names.length) show(names[0], null);
-      play.textContent = "Pause";
-      playing = setInterval(next, 900);
+      start();
     });
-    if (seconds > 0 && names.includes(kept())) show(kept(), null);
   }
-
+  restore();
+  window.addEventListener("pagehide", save);
   const pause = () => new Promise(done => setTimeout(done)); // lets the browser show what is there, and listen
-  await pause();
-  for (const figure of document.querySelectorAll(".plotly-graph-div")) {
-    const { data, layout, frames } = JSON.parse(figure.nextElementSibling.textContent);
-    await Plotly.newPlot(figure, data, layout, config);
-    if (frames && frames.length) {
-      await Plotly.addFrames(figure, frames);
-      if (figure.closest(".linked")) {
-        linked.push(figure);
-        figure.on("plotly_animatingframe", event => {
-          if (told.get(figure) === event.name) told.delete(figure); else show(event.name, figure);
-        });
-        if (shown !== null) send(figure, shown);
-      }
-    }
+  try {
     await pause();
+    for (const figure of document.querySelectorAll(".plotly-graph-div")) {
+      const { data, layout, frames } = JSON.parse(figure.nextElementSibling.textContent);
+      await Plotly.newPlot(figure, data, layout, config);
+      if (frames && frames.length) {
+        await Plotly.addFrames(figure, frames);
+        if (figure.closest(".linked")) {
+          linked.push(figure);
+          figure.on("plotly_animatingframe", event => {
+            if (told.get(figure) === event.name) return void told.delete(figure);
+            told.delete(figure);
+            show(event.name, figure);
+          });
+          if (shown !== null) send(figure, shown);
+        }
+      }
+      await pause();
+    }
+    document.body.dataset.drawn = "true";
+  } finally {
+    if (seconds > 0) setTimeout(() => location.reload(), 1000 * seconds);
   }
-  document.body.dataset.drawn = "true";
-  if (seconds > 0) setTimeout(() => location.reload(), 1000 * seconds);
 });

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     import xarray as xr
 
+    from schedulers.decay import Decay
     from schedulers.schedule import Schedule
 
 Row = Mapping[str, Any]
@@ -79,7 +80,9 @@ def build_report(
     if shown:
         sections.append(_cube_figures(shown, schedule, figures, cube))
     if schedule:
-        sections.append("<h2>The schedule over its budget</h2>" + figures.html(plots.plot_schedule(schedule)))
+        sections.append(
+            "<h2>The schedule over its budget</h2>" + figures.html(plots.plot_schedule(schedule, decay=_decay(shown)))
+        )
     if runs:
         sections.append("<h2>Training runs</h2>" + figures.html(plots.plot_training(runs)))
     if shown or schedule:
@@ -116,14 +119,14 @@ class _Figures:
     def __init__(self) -> None:
         self.count = 0
 
-    def html(self, figure: go.Figure) -> str:
-        """A block that report.js draws with plotly.js; nothing plays on load."""
+    def html(self, figure: go.Figure, *, wide: bool = False) -> str:
+        """A block that report.js draws with plotly.js; nothing plays on load. A `wide` one scrolls on a telephone."""
         self.count += 1
         text = figure.to_json()
         for sign in "<>&":
             text = text.replace(sign, f"\\u{ord(sign):04x}")
         return (
-            f'<div class="figure" role="group" aria-label="{tables.escaped(_spoken(figure))}">'
+            f'<div class="figure{" wide" if wide else ""}" role="group" aria-label="{tables.escaped(_spoken(figure))}">'
             f'<div id="figure-{self.count}" class="plotly-graph-div" style="height:{figure.layout.height:g}px"></div>'
             f'<script type="application/json">{text}</script></div>'
         )
@@ -131,8 +134,8 @@ class _Figures:
 
 def _spoken(figure: go.Figure) -> str:
     """The figure's title without markup."""
-    text = (figure.layout.title.text or "figure").partition("<br>")[0]
-    return html.unescape(re.sub(r"<[^>]*>", "", text))
+    text = (figure.layout.title.text or "figure").partition("</b>")[0]
+    return html.unescape(re.sub(r"<[^>]*>", "", text.replace("<br>", " ")))
 
 
 def _short(facts: Facts) -> str:
@@ -154,6 +157,17 @@ def _best_section(shown: Shown) -> str:
     return "".join(parts)
 
 
+def _decay(shown: Shown | None) -> Decay | None:
+    """The decay of the learning rate that the profiled run had, None where its cube does not tell."""
+    from schedulers.decay import Decay
+
+    try:
+        config = json.loads(shown.dataset.attrs["config_json"])["config"] if shown else {}
+        return Decay(config["decay"], config.get("decay_alpha", 2.0), config.get("warmup", 0.0))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def _cube_figures(
     shown: Shown, schedule: Schedule | None, figures: _Figures, cube: xr.DataTree | xr.Dataset | None
 ) -> str:
@@ -172,7 +186,7 @@ def _cube_figures(
     scatter = figures.html(plot_bias_variance(shown.dataset, metric=shown.metric)) if shown.view.beta() > 0 else ""
     layers = ""
     if isinstance(cube, xr.DataTree) and groups_of(cube) is not None and shown.view.beta() > 0:
-        layers = figures.html(plot_groups(cube, metric=shown.metric))
+        layers = figures.html(plot_groups(cube, metric=shown.metric), wide=True)
     numbers = tables.values_table(shown.view, shown.variable)
     return (
         "<h2>Strategies over training</h2><p>Move a slider to go through training: the figures of this section move "

@@ -82,8 +82,10 @@ def report_facts(
 ) -> Facts:
     """The facts of a report, JSON values; parts that the report lacks are left out.
 
-    `profile`: what was measured. `best`: at each progress the best strategy by the leading criterion, `gain` over the
-    reference's (a ratio; None where one of both is not positive), and those `as_good` within two standard errors.
+    `profile`: what was measured. `best`: at each progress the best of the strategies `compared` by the leading
+    criterion (None where there is none), those `as_good` within two standard errors, and whether it is `decided`: False
+    where others are as good, None where only one was measured or standard errors are not known. `gain` is the ratio of
+    its score to the reference's, None where two standard errors do not tell the two, or one of them and zero, apart.
     `schedule`: what its budget pays for and what is predicted of it. `uncertain`: counts of what is not settled.
     `results`: `table`.
     """
@@ -112,29 +114,37 @@ def _profile(shown: Shown) -> Facts:
 
 
 def _best(shown: Shown) -> list[Facts | None]:
-    view, found = shown.view, best_strategies(shown.view, shown.variable)
-    home = np.ravel_multi_index(view.grid.position(view.grid.reference), view.grid.shape)
-    reference_T = view.values(shown.variable.name).reshape(len(view.progress), -1)[:, home]
-    return [
-        None if best is None else _best_at(float(view.progress[t]), best, float(reference_T[t]), shown)
-        for t, best in enumerate(found)
-    ]
+    found = best_strategies(shown.view, shown.variable)
+    return [None if best is None else _best_at(t, best, shown) for t, best in enumerate(found)]
 
 
-def _best_at(progress: float, best: Best, reference: float, shown: Shown) -> Facts:
-    winner = best.winner
-    above = reference > 0 and winner.value > 0
-    gain = winner.value / reference if shown.variable.better == "higher" and above else None
-    if shown.variable.better == "lower" and above:
-        gain = reference / winner.value
+def _best_at(t: int, best: Best, shown: Shown) -> Facts:
+    view, name, winner, reference = shown.view, shown.variable.name, best.winner, shown.view.grid.reference
+    values, errors = view.values(name)[t], view.errors(name)[t]
+    compared = np.isfinite(values)
+    decided = not best.rivals if int(compared.sum()) > 1 and bool(np.isfinite(errors[compared]).all()) else None
+    home = view.grid.position(reference)
+    told = winner.strategy == reference or all(rival.strategy != reference for rival in best.rivals)
+    doubtful = near_zero(values, errors)
+    clear = told and decided is not None and not (doubtful[home] or doubtful[best.position])
+    gain = _gain(winner.value, float(values[home]), shown.variable.better) if clear else None
     return {
-        "progress": progress,
+        "progress": float(view.progress[t]),
         "strategy": str(winner.strategy),
         "value": winner.value,
-        "se": None if math.isnan(winner.error) else winner.error,
+        "se": winner.error if math.isfinite(winner.error) else None,
         "gain": gain,
+        "compared": int(compared.sum()),
         "as_good": [str(rival.strategy) for rival in best.rivals],
+        "decided": decided,
     }
+
+
+def _gain(value: float, reference: float, better: str) -> float | None:
+    """How many times better, by the criterion; None where that is no finite number above 0."""
+    above, below = (value, reference) if better == "higher" else (reference, value)
+    gain = above / below if above > 0 and below > 0 else math.nan
+    return gain if math.isfinite(gain) else None
 
 
 def _schedule(schedule: Schedule, shown: Shown | None) -> Facts:
@@ -179,7 +189,11 @@ def _uncertain(shown: Shown, best: Sequence[Facts | None], schedule: Schedule | 
     values, errors = view.values(name), view.errors(name)
     untrained = untrained_strategies(shown.dataset)
     return {
-        "undecided": [one["progress"] for one in best if one is not None and one["as_good"]],
+        "undecided": [one["progress"] for one in best if one is not None and one["decided"] is False],
+        "unknown": [one["progress"] for one in best if one is not None and one["decided"] is None],
+        "undefined": [
+            float(view.progress[t]) for t in range(len(best)) if best[t] is None and (view.status[t] == DONE).any()
+        ],
         "near_zero": int(near_zero(values, errors).sum()),
         "untrained": None if untrained is None else [str(strategy) for strategy in untrained],
         "other_cube": bool(schedule and schedule.cube_digest and schedule.cube_digest != digest_of(shown.dataset)),
@@ -200,13 +214,16 @@ def sentences(facts: Facts) -> list[str]:
 
 def _said_best(profile: Facts, best: Sequence[Facts | None]) -> list[str]:
     found = [one for one in best if one is not None]
-    if not found:
-        return ["Nothing is measured yet."]
-    spans = [
-        (strategy, [one["progress"] for one in group])
-        for strategy, group in itertools.groupby(found, key=lambda one: one["strategy"])
-    ]
     by = f"By {profile['criterion']} ({profile['metric']} metric)"
+    if not found:
+        done = profile["cells"]["measured"]
+        lost = f"{by} no strategy has a defined score: the reference gradient is lost in noise."
+        return [lost if done else "Nothing is measured yet."]
+    spans = [
+        (strategy, [one["progress"] for one in group if one])
+        for strategy, group in itertools.groupby(best, key=lambda one: one["strategy"] if one else None)
+        if strategy is not None
+    ]
     if len(spans) == 1:
         where = f"at every point measured, progress {_range(spans[0][1])}" if len(found) > 1 else _at(spans[0][1])
         said = f"{by} the best strategy is {_text(spans[0][0])} {where}."
@@ -218,13 +235,24 @@ def _said_best(profile: Facts, best: Sequence[Facts | None]) -> list[str]:
             f"{by} the best strategy goes from {_text(first)} at the beginning to {_text(last)} at the end, "
             f"with {len(spans) - 1} changes."
         )
-    gains = [one["gain"] for one in found if one["gain"] is not None]
-    if not gains:
-        return [said]
-    low, high = number(min(gains), 2), number(max(gains), 2)
+    return [f"{said} {_said_gain(profile, found)}".strip()]
+
+
+def _said_gain(profile: Facts, found: Sequence[Facts]) -> str:
+    if all(one["compared"] == 1 for one in found):
+        return "No other was measured there."
     if all(one["strategy"] == profile["reference"] for one in found):
-        return [f"{said} That is the reference: nothing cheaper is worth it by this criterion."]
-    return [f"{said} It scores {low if low == high else f'{low} to {high}'} times as well as the reference."]
+        return "That is the reference: nothing cheaper is worth it by this criterion."
+    gains = [one["gain"] for one in found if one["gain"] is not None and one["strategy"] != profile["reference"]]
+    if not gains:
+        return "Two standard errors do not tell it from the reference."
+    low, high = number(min(gains), 2), number(max(gains), 2)
+    where = (
+        ""
+        if len(gains) == len(found)
+        else f" at {len(gains)} of {_count(len(found), 'point')}, and is not told from it at the others"
+    )
+    return f"It scores {low if low == high else f'{low} to {high}'} times as well as the reference{where}."
 
 
 def _said_schedule(schedule: Facts) -> list[str]:
@@ -232,12 +260,14 @@ def _said_schedule(schedule: Facts) -> list[str]:
     said = f"The schedule costs {number(schedule['units_per_sample'])} units per sample"
     if budget is not None:
         said += f": {format_count(budget)} units pay for {format_count(schedule['samples'])} samples"
-    if more is not None:
-        said += f", {number(more, 2)} times as many as the reference alone"
+        said += "" if more is None else f", {number(more, 2)} times as many as the reference alone"
+    elif more is not None:
+        said += f": a budget pays for {number(more, 2)} times as many samples as by the reference alone"
     lines = [f"{said}."]
     speed_up = schedule["predicted"].get("speed_up")
     if isinstance(speed_up, float) and math.isfinite(speed_up):
-        lines.append(f"It is predicted to train {speed_up:.1f} times as fast as the reference alone.")
+        beyond = ", if what was measured last goes on to hold" if schedule["predicted"].get("beyond_profile") else ""
+        lines.append(f"It is predicted to train {number(speed_up)} times as fast as the reference alone{beyond}.")
     if schedule["unsure_stages"]:
         lines.append(
             f"In {_count(schedule['unsure_stages'], 'stage')} of {len(schedule['stages'])} its strategy is best with "
@@ -248,14 +278,22 @@ def _said_schedule(schedule: Facts) -> list[str]:
 
 def _said_uncertain(facts: Facts) -> list[str]:
     uncertain, cells, lines = facts["uncertain"], facts["profile"]["cells"], list[str]()
-    points = sum(one is not None for one in facts["best"])
+    told = sum(one is not None and one["decided"] is not None for one in facts["best"])
     if uncertain["undecided"]:
         lines.append(
-            f"At {len(uncertain['undecided'])} of {_count(points, 'point')} other strategies are within two standard "
+            f"At {len(uncertain['undecided'])} of {_count(told, 'point')} other strategies are within two standard "
             "errors of the best: more samples may change it."
         )
-    elif points:
-        lines.append(f"The best strategy is clear by more than two standard errors at all {_count(points, 'point')}.")
+    elif told:
+        lines.append(f"The best strategy is clear by more than two standard errors at {_all(told)}.")
+    if uncertain["unknown"]:
+        lines.append(
+            f"At {_count(len(uncertain['unknown']), 'point')} nothing is known about how sure the best one is: only "
+            "one strategy was measured, or standard errors are missing."
+        )
+    if uncertain["undefined"]:
+        points = ", ".join(f"{p:.3g}" for p in uncertain["undefined"])
+        lines.append(f"At progress {points} no score is defined: the reference gradient is lost in noise.")
     if cells["failed"] or cells["pending"]:
         lines.append(f"Of {cells['all']} cells {cells['failed']} failed and {cells['pending']} are not measured yet.")
     if uncertain["untrained"]:
@@ -279,6 +317,10 @@ def _range(progress: Sequence[float]) -> str:
 
 def _at(progress: Sequence[float]) -> str:
     return f"progress {_range(progress)}" if len(progress) > 1 else f"at progress {progress[0]:.3g}"
+
+
+def _all(points: int) -> str:
+    return "the one point" if points == 1 else f"all {points} points"
 
 
 def _count(count: int, one: str, many: str = "") -> str:

@@ -14,6 +14,7 @@ from gradscope.plots._theme import number, strategy_text, with_error
 from gradscope.plots._view import (
     DONE,
     FAILED,
+    PENDING,
     Best,
     Candidate,
     CubeView,
@@ -86,11 +87,16 @@ def values_table(view: CubeView, shown: Variable) -> str:
     """Every value of one variable with its standard error: a row per strategy, a column per progress."""
     values, errors = view.values(shown.name), view.errors(shown.name)
     header = ["strategy", *(f"progress {p}" for p in view.labels)]
+
+    def cell(t: int, at: tuple[int, ...]) -> str:
+        status = int(view.status[t][at])
+        if math.isnan(values[t][at]) and status != PENDING:
+            return "failed" if status == FAILED else "undefined"
+        return with_error(values[t][at], errors[t][at])
+
+    points = range(len(view.progress))
     rows = [
-        [
-            escaped(strategy_text(view.strategy(at))),
-            *(with_error(v[at], e[at]) for v, e in zip(values, errors, strict=True)),
-        ]
+        [escaped(strategy_text(view.strategy(at))), *(cell(t, at) for t in points)]
         for at in np.ndindex(*view.grid.shape)
     ]
     return table_html(header, rows, right=range(1, len(header)))

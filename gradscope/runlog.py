@@ -10,6 +10,7 @@ from typing import Any
 from gradscope.errors import UsageError
 from gradscope.files import write_text
 
+COUNTED = ("step", "units", "samples", "seconds")  # what rows have as numbers
 LOG_FILE = "log.jsonl"
 SCALARS = ("loss", "lr", "accuracy", "samples_per_second", "units")
 
@@ -54,7 +55,14 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"{path}: no training log; give a folder that `gradscope train --out` wrote")
     try:
-        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for number, row in enumerate(rows, 1):
+            for name in COUNTED:
+                if not isinstance(row.get(name, 0), int | float):
+                    raise ValueError(f"row {number}: {name} is {row[name]!r}")
+        return rows
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"{path}: not a training log of gradscope ({error}); remove it or name another folder"

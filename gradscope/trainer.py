@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
 from gradscope.evaluation import dataset_features, knn_accuracy
 from gradscope.files import check_writable, write_text
+from gradscope.locks import sole_writer
 from gradscope.methods import Method
 from gradscope.plans import OfflinePlan, OnlinePlan, Plan
 from gradscope.ranks import ALONE, Ranks
@@ -106,14 +108,16 @@ def train(
     at `config.checkpoints` and at the end, `log.jsonl`, `config.toml`, `resume.pt` (removed at the end); of a run that
     decides by itself `cube.nc`, what it measured, and `schedule.json`, what it ran. `ranks` each call this with the
     same arguments; the first one writes. Raises InfeasibleError when the budget does not pay for one step,
-    CheckpointError when `out` holds another run, NonFiniteError when the loss is, Interrupted on a signal, after
-    saving. `tell` gets what a run decides by itself, in one line each.
+    CheckpointError when `out` holds another run, BusyError while another process writes there, NonFiniteError when the
+    loss is, Interrupted on a signal, after saving. `tell` gets what a run decides by itself, in one line each.
     """
     run = _Run(
         setting, schedule, out, device or torch.device("cpu"), report or (lambda fraction, text: None),
         options or RunOptions(), ranks, tell or (lambda text: None),
     )  # fmt: skip
-    return run.finish()
+    with sole_writer(out, folder=True) if ranks.first else nullcontext():
+        run.begin()
+        return run.finish()
 
 
 class _Run:
@@ -149,10 +153,13 @@ class _Run:
         self.costs = {strategy: self.model.cost(strategy) for strategy in self.plan.strategies}
         self.log = RunLog(out, tensorboard=options.tensorboard and ranks.first)
         self.order = lru_cache(maxsize=2)(lambda epoch: setting.shuffled(epoch, self.config.seed))
+
+    def begin(self) -> None:
+        """Stand where `out` left off, at the start where it is empty, and make ready for steps."""
         self._resume()
-        if ranks.first:
-            named = {"schedule": options.schedule_text} if options.schedule_text else {}
-            write_text(out / CONFIG_FILE, self.config.to_toml(**named))
+        if self.ranks.first:
+            named = {"schedule": self.options.schedule_text} if self.options.schedule_text else {}
+            write_text(self.out / CONFIG_FILE, self.config.to_toml(**named))
         self.stepper.start(self.plan.strategies)
 
     @property

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LOG = "log.jsonl"
 TICK = 0.2  # seconds between looks at a signal
+LONGEST = 86_400  # seconds between looks at the files
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Sources:
         files = [self.cube, self.schedule_path(), *(folder / LOG for folder in self.run_folders())]
         found = [(file, file.stat()) for file in files if file is not None and file.is_file()]
         return tuple((str(file), status.st_mtime_ns, status.st_size) for file, status in found)
+
+    def missing(self) -> list[Path]:
+        """The files that were named and are not there, the cube among them."""
+        logs = [folder / LOG for folder in self.runs or ()]
+        named = [self.cube, *([self.schedule] if self.schedule else []), *logs]
+        return [path for path in named if not path.is_file()]
 
     def read(self, *, unfinished: bool = False) -> dict[str, Any]:
         """Cube, schedule and runs, as `build_report` takes them.
@@ -91,44 +98,61 @@ def watch_report(sources: Sources, out: Path, *, title: str, every: float, say: 
     read.
 
     Raises:
-        UsageError: `every` is below one second, or nothing was there until the end.
+        UsageError: `every` is below one second or above a day, or nothing was there until the end.
         Interrupted: SIGTERM, after the last page.
     """
-    from gradscope.report import write_report
+    from gradscope.report import facts_of, write_report
 
-    if not every >= 1:
-        raise UsageError(f"--interval {every:g}: at least 1 second")
+    if not 1 <= every <= LONGEST:
+        raise UsageError(f"--interval {every:g}: from 1 second to a day ({LONGEST:,})")
     seen: tuple[tuple[str, int, int], ...] | None = None
-    told = ""
+    good, told = dict[str, Any](), ""
     with StopFlag() as stop:
         while stop.signal is None:
-            stamp = sources.stamp()
-            if stamp != seen:
-                seen, news = stamp, f"{sources.cube}: not there yet; waiting"
-                try:
-                    parts = sources.read(unfinished=True)
-                    if any(parts.values()):
-                        write_report(out, **parts, title=title, refresh=every)
-                        news = f"{out}: written; it loads itself again every {every:g} s (Ctrl-C ends this)"
-                except GradscopeError as error:  # a file may be read in the middle of being written
-                    seen, news = None, f"{error}; looking again"
-                if news != told:
-                    told = news
-                    say(news)
+            try:
+                stamp = sources.stamp()
+                if stamp != seen:
+                    found = sources.read(unfinished=True)
+                    if any(found.values()):
+                        write_report(out, **found, title=title, refresh=every)
+                        good = found
+                    seen, news = stamp, _news(sources, out, every, written=bool(good))
+                    told = _tell(news, told, say)
+            except (GradscopeError, OSError) as error:  # a file may be read in the middle of being written
+                seen, told = None, _tell(f"{error}; looking again", told, say)
             until = time.monotonic() + every
             while stop.signal is None and time.monotonic() < until:
                 time.sleep(TICK)
-        facts = _last(sources, out, title)
+        good = _last(sources, good, say)
+        if good:
+            write_report(out, **good, title=title)
         if stop.signal != signal.SIGINT:
-            stop.raise_if_set(f"stopped; {out} is written")
-    return facts
-
-
-def _last(sources: Sources, out: Path, title: str) -> Facts:
-    from gradscope.report import facts_of, write_report
-
-    parts = sources.read(unfinished=True)
-    if not any(parts.values()):
+            stop.raise_if_set(f"stopped; {out} is written" if good else "stopped; there was nothing to show")
+    if not good:
         raise UsageError(f"{sources.cube}: nothing came to show; is this the folder of the profile or the run?")
-    write_report(out, **parts, title=title)
-    return facts_of(**parts)
+    return facts_of(**good)
+
+
+def _news(sources: Sources, out: Path, every: float, *, written: bool) -> str:
+    missing = ", ".join(map(str, sources.missing()))
+    if not written:
+        return f"{missing or out}: not there yet; waiting"
+    without = f", without {missing}, not there yet" if missing else ""
+    return f"{out}: written{without}; it loads itself again every {every:g} s (Ctrl-C ends this)"
+
+
+def _tell(news: str, told: str, say: Callable[[str], None]) -> str:
+    """Say what has not just been said."""
+    if news != told:
+        say(news)
+    return news
+
+
+def _last(sources: Sources, good: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """What is there at the end, or what was last read where that cannot be."""
+    try:
+        found = sources.read(unfinished=True)
+    except (GradscopeError, OSError) as error:
+        say(f"{error}; the report shows what was last read")
+        return good
+    return found if any(found.values()) else good

@@ -79,9 +79,14 @@ def plot(
         facts = watch_report(sources, out, title=title, every=interval, say=note)
     else:
         facts = make_report(sources, out, title=title)
-    shown = sources.schedule_path()
+    shown = sources.schedule_path() if "schedule" in facts else None
     emit(
-        {"report": str(out), "cube": str(cube), "schedule": None if shown is None else str(shown), "facts": facts},
+        {
+            "report": str(out),
+            "cube": str(cube) if "profile" in facts else None,
+            "schedule": None if shown is None else str(shown),
+            "facts": facts,
+        },
         [*sentences(facts), f"{out}: open it in a browser"],
         as_json=as_json,
     )

@@ -47,7 +47,7 @@ def bias_variance_figure(info: BiasVarianceInfo, start: int) -> go.Figure:
         title={"text": titles[start]},
         height=top + _PLOT + bottom,
         margin={"l": 64, "r": 24, "t": top, "b": bottom},
-        legend={"y": (bottom - above_legend) / (top + _PLOT + bottom)},
+        legend={"y": (bottom - above_legend) / (top + _PLOT + bottom), "entrywidth": 80, "font": {"size": 11}},
         hovermode="closest",
     )
     figure.update_xaxes(

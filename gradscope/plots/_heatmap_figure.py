@@ -54,7 +54,12 @@ def heatmap_figure(info: HeatmapInfo, start: int) -> go.Figure:
         title={"text": titles[start]},
         height=full_height,
         margin={"l": 60, "r": 88, "t": top, "b": bottom},
-        legend={"y": (bottom - above_legend) / full_height, "entrywidth": 58, "itemsizing": "trace"},
+        legend={
+            "y": (bottom - above_legend) / full_height,
+            "entrywidth": 48,
+            "itemsizing": "trace",
+            "font": {"size": 11},
+        },
         coloraxis={
             "colorscale": _theme.COLOUR_SCALE,
             "reversescale": info.variable.better == "lower",

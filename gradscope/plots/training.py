@@ -110,7 +110,7 @@ def _training_figure(curves: tuple[Curve, ...]) -> go.Figure:
         figure.update_yaxes(
             title_text=label, tickformat=".0%" if label == "accuracy" else None, nticks=6, row=row, col=1
         )
-    bottom = _AXIS + _theme.legend_height(len(curves))
+    bottom = _AXIS + _theme.legend_height(len(curves), columns=1)  # names are long
     figure.update_layout(
         template=_theme.template(),
         title={"text": title},

@@ -385,6 +385,18 @@ def test_schedule_hover_tells_units_samples_and_score(schedule: Schedule) -> Non
         assert text in block.hover
 
 
+def test_schedule_draws_how_sure_its_stages_are(schedule: Schedule) -> None:
+    assert _schedule_info(schedule, decay=None).sure is None
+    stages = zip(schedule.stages, (0.95, None, 0.4), strict=True)
+    found = dataclasses.replace(schedule, stages=tuple(dataclasses.replace(s, probability=p) for s, p in stages))
+    assert _schedule_info(found, decay=None).sure == (0.95, None, 0.4)
+    figure = plot_schedule(found, decay=Decay("cosine"))
+    (line,) = figure.select_traces({"name": "probability that the stage's main strategy is the best"})
+    assert line.x == (0.0, 0.25, None, 0.7, 1.0, None) and line.y == (0.95, 0.95, None, 0.4, 0.4, None)
+    assert [axis.title.text for axis in figure.select_yaxes()][1:] == ["cost", "confidence", "rate"]
+    assert len(plot_schedule(schedule, decay=Decay("cosine")).data) == len(figure.data) - 1
+
+
 def test_schedule_draws_the_decay_only_when_given(schedule: Schedule) -> None:
     decay = Decay(kind="cosine", warmup=0.1)
     info = _schedule_info(schedule, decay=decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -113,7 +114,6 @@ def test_styles_fetch_nothing(html: str) -> None:
 def test_nothing_plays_on_load(html: str, page: Page) -> None:
     figures = [json.loads(script) for script in page.scripts if script.startswith('{"data"')]
     assert len(figures) == 8 and sum(bool(figure.get("frames")) for figure in figures) == 6
-    assert not [a for a in page.named("button") if "autofocus" in a] and "autoplay" not in page.scripts[-1]
     assert html.index('<ul class="short"') < html.index(get_plotlyjs())  # words are there before plotly.js is read
 
 
@@ -176,8 +176,69 @@ def test_the_best_strategy_is_told_by_spans_of_progress(cube: xr.Dataset, points
 
 
 def test_a_reference_that_is_best_is_said_to_be(cube: xr.Dataset) -> None:
-    home = cube.sel(patch=[2], dropout=[0.0])
-    assert "nothing cheaper is worth it" in sentences(facts_of(cube=home))[0]
+    home = cube.isel(progress=[3, 4]).copy(deep=True)
+    home["descent"].loc[{"patch": [4, 7]}] = 0.01
+    home["descent"].loc[{"patch": 2, "dropout": [0.25, 0.5]}] = 0.01
+    first = sentences(facts_of(cube=home))[0]
+    assert "is patch 2, dropout 0 at every point" in first and "nothing cheaper is worth it" in first
+
+
+def test_one_strategy_is_not_called_the_best_of_any(cube: xr.Dataset) -> None:
+    begun = cube.copy(deep=True)
+    for name in ("descent", "descent_se"):
+        begun[name].loc[{"patch": [4, 7]}] = np.nan
+        begun[name].loc[{"patch": 2, "dropout": [0.25, 0.5]}] = np.nan
+    facts = facts_of(cube=begun)
+    said = " ".join(sentences(facts))
+    assert {best["decided"] for best in facts["best"]} == {None} and "No other was measured there." in said
+    assert "At 5 points nothing is known about how sure" in said and "clear by" not in said and "worth" not in said
+
+
+def test_a_gain_within_the_errors_is_not_told(cube: xr.Dataset) -> None:
+    rough = cube.copy(deep=True)
+    rough["descent_se"][:] = 10.0
+    facts = facts_of(cube=rough)
+    assert {best["gain"] for best in facts["best"]} == {None} and facts["uncertain"]["undecided"]
+    assert "Two standard errors do not tell it from the reference." in sentences(facts)[0]
+    half = cube.copy(deep=True)
+    half["descent_se"][dict(progress=[0, 1])] = 10.0
+    assert "at 3 of 5 points, and is not told from it at the others." in sentences(facts_of(cube=half))[0]
+
+
+def test_missing_standard_errors_are_no_certainty(cube: xr.Dataset) -> None:
+    for bare in (cube.drop_vars("descent_se"), cube.assign(descent_se=cube["descent_se"] * np.nan)):
+        facts = facts_of(cube=bare)
+        assert {(best["decided"], best["gain"], best["se"]) for best in facts["best"]} == {(None, None, None)}
+        assert "clear" not in " ".join(sentences(facts))
+
+
+def test_scores_that_are_lost_in_noise_are_told_from_missing_ones(cube: xr.Dataset) -> None:
+    lost = cube.copy(deep=True)
+    lost["descent"][dict(progress=[1])] = np.nan
+    said = sentences(facts_of(cube=lost))
+    assert "At progress 0.25 no score is defined: the reference gradient is lost in noise." in said
+    assert "(at progress 0)" in said[0] and "at progress 0.25" not in said[0]
+    lost["descent"][:] = np.nan
+    assert sentences(facts_of(cube=lost))[0].endswith(
+        "no strategy has a defined score: the reference gradient is lost in noise."
+    )
+    assert "Nothing is measured" not in sentences(facts_of(cube=lost))[0]
+    rows = Page(build_report(cube=lost)).text.partition("All values of descent as a table")[2]
+    assert rows.count("undefined") >= 42 and "failed" in rows
+
+
+def test_a_schedule_for_any_budget_is_told_by_its_samples(cube: xr.Dataset, parts: dict[str, Any]) -> None:
+    said = sentences(facts_of(cube=cube, schedule=dataclasses.replace(parts["schedule"], budget=None)))
+    assert any("a budget pays for 6.6 times as many samples as by the reference alone." in one for one in said)
+
+
+def test_the_schedule_shows_the_learning_rate_where_the_cube_tells_it(cube: xr.Dataset, parts: dict[str, Any]) -> None:
+    told = cube.assign_attrs(config_json=json.dumps({"config": {"decay": "cosine", "warmup": 0.1}}))
+    schedule = parts["schedule"]
+    assert "learning-rate factor" in build_report(cube=told, schedule=schedule)
+    for text in ('{"config": {"decay": "unknown"}}', "[]", "{", '{"config": {"decay": "cosine", "warmup": "x"}}'):
+        other = build_report(cube=cube.assign_attrs(config_json=text), schedule=schedule)
+        assert "learning-rate factor" not in other
 
 
 def test_groups_of_parameters_are_a_figure_of_their_own(cube: xr.Dataset) -> None:
@@ -195,7 +256,8 @@ def test_a_keyboard_reaches_the_slider(page: Page) -> None:
     (slider,) = [a for a in page.named("input") if a.get("type") == "range"]
     assert slider["max"] == "4" and slider["aria-valuetext"] == "progress 0"
     assert {"for": "progress"} in list(page.named("label")) and slider["id"] == "progress"
-    assert all(a.get("aria-label") for a in page.named("div") if a.get("class") == "figure")
+    assert "Descent (signed cos², same budget per update)" in [a.get("aria-label") for a in page.named("div")]
+    assert all(a.get("aria-label") for a in page.named("div") if (a.get("class") or "").startswith("figure"))
 
 
 def test_only_a_watched_report_loads_itself_again(parts: dict[str, Any], html: str) -> None:

@@ -89,6 +89,8 @@ def settled(page: Page, at: int) -> None:
 
 def test_all_figures_are_drawn_and_begin_at_the_first_point(page: Page) -> None:
     assert page.evaluate(ACTIVE) == [0] * (LINKED + 1)  # and the parameter groups
+    page.wait_for_timeout(1500)
+    assert page.evaluate(ACTIVE) == [0] * (LINKED + 1)  # nothing plays by itself
     assert page.locator(".plotly-graph-div .main-svg").count() > 9
 
 
@@ -125,6 +127,14 @@ def test_play_goes_to_the_end_and_stops(page: Page) -> None:
     until(page, "document.querySelector('.control button').textContent === 'Play'")
 
 
+def test_moves_in_quick_succession_end_at_the_last(page: Page) -> None:
+    moves = "for (const i of [1, 3, 2, 4, 2]) { r.value = i; r.dispatchEvent(new Event('input')); }"
+    for _ in range(3):
+        page.evaluate(f"const r = document.querySelector('.control input'); {moves}")
+        settled(page, 2)
+    assert page.locator(".control output").inner_text() == "0.5"
+
+
 def test_a_hovered_cell_tells_its_numbers(page: Page, cube: xr.Dataset) -> None:
     page.locator("#figure-1").scroll_into_view_if_needed()
     box = page.locator("#figure-1 .nsewdrag").first.bounding_box()
@@ -143,8 +153,14 @@ def test_a_hovered_cell_tells_its_numbers(page: Page, cube: xr.Dataset) -> None:
 def test_no_page_is_wider_than_its_screen(browser: Browser, reports: Path, width: int) -> None:
     page, said = opened(browser, reports / "report.html", width=width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    cut = page.evaluate(
+        "[...document.querySelectorAll('.figure')].map(figure =>"
+        "  ['.main-svg', '.legend .traces'].flatMap((part, i) => [...figure.querySelectorAll(part)]"
+        "    .slice(0, i ? undefined : 1).map(one => one.getBoundingClientRect().bottom)))"
+    )
+    assert all(max(entries, default=0) <= bottom for bottom, *entries in cut), cut
     widths = np.array(page.evaluate("[...document.querySelectorAll('.figure')].map(f => f.scrollWidth)"))
-    assert widths.max() <= width
+    assert sum(widths > width) == (width < 560)  # the parameter groups, in a box of their own that scrolls
     page.context.close()
     assert said == []
 
@@ -152,12 +168,14 @@ def test_no_page_is_wider_than_its_screen(browser: Browser, reports: Path, width
 def test_a_watched_report_comes_back_to_the_point_that_it_showed(browser: Browser, reports: Path) -> None:
     page, said = opened(browser, reports / "watched.html")
     page.evaluate("window.before = true")
+    page.locator("summary").first.click()
     page.get_by_label("progress", exact=True).focus()
     page.keyboard.press("End")
     settled(page, 4)
     until(page, "window.before === undefined && document.body?.dataset.drawn === 'true'")
     settled(page, 4)
     assert page.locator(".control output").inner_text() == "1"
+    assert page.evaluate("document.querySelector('details').open && document.activeElement.id === 'progress'")
     page.context.close()
     assert said == []
 

@@ -39,19 +39,22 @@ def log_run(folder: str, rows: int) -> None:
     (run / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
-def watched(steps: list[Callable[[], None]], number: int = signal.SIGINT) -> tuple[dict[str, Any], list[str]]:
+def watched(steps: list[Callable[[], object]], number: int = signal.SIGINT) -> tuple[dict[str, Any], list[str]]:
     """Watch while the steps are done, each after the page of the one before; then send the signal: facts, messages."""
     told: list[str] = []
     pages: list[str] = []
 
+    over = threading.Event()
+
     def user() -> None:
-        wait(lambda: bool(told))
+        wait(lambda: bool(told), over)
         for step in steps:
-            before = page()
+            before = (page(), len(told))
             step()
-            wait(lambda before=before: page() != before)  # type: ignore[misc]
+            wait(lambda before=before: (page(), len(told)) != before, over)  # type: ignore[misc]
             pages.append(page())
-        os.kill(os.getpid(), number)
+        if not over.is_set():
+            os.kill(os.getpid(), number)
 
     def page() -> str:
         return REPORT.read_text(encoding="utf-8") if REPORT.is_file() else ""
@@ -61,14 +64,19 @@ def watched(steps: list[Callable[[], None]], number: int = signal.SIGINT) -> tup
     try:
         facts = watch_report(Sources(Path("cube.nc")), REPORT, title="t", every=1, say=told.append)
     finally:
+        over.set()
         helper.join()
-    assert all('data-refresh="1"' in text for text in pages)
+    assert all('data-refresh="1"' in text for text in pages if text)
     return facts, told
 
 
-def wait(done: Callable[[], bool]) -> None:
-    while not done():
+def wait(done: Callable[[], bool], over: threading.Event) -> None:
+    """Until something is done, or all is over, which an alarm sees to in the end."""
+    for _ in range(6000):
+        if done() or over.is_set():
+            return
         time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_the_report_follows_its_files() -> None:
@@ -83,7 +91,8 @@ def test_the_report_follows_its_files() -> None:
     ]
     facts, told = watched(begun)
     assert told[0] == "cube.nc: not there yet; waiting"
-    assert told[1].startswith("report.html: written; it loads itself again every 1 s")
+    assert told[1].startswith("report.html: written, without cube.nc, not there yet; it loads itself again every 1 s")
+    assert told[2].startswith("report.html: written; it loads itself again every 1 s") and len(told) == 3
     assert facts["profile"]["cells"]["measured"] == 42 and facts["schedule"]["budget"] == 4e6
     assert facts["results"][0]["run"] == "run"
     last = REPORT.read_text(encoding="utf-8")
@@ -105,15 +114,53 @@ def test_sigterm_writes_the_last_page_and_says_so() -> None:
     assert "data-refresh=" not in REPORT.read_text(encoding="utf-8")
 
 
+def test_a_file_that_is_damaged_at_the_end_leaves_what_was_last_read() -> None:
+    store(sample_cube())
+    facts, told = watched([lambda: Path("cube.nc").write_bytes(b"x")])
+    assert facts["profile"]["cells"]["measured"] == 42
+    assert told[-2].endswith("looking again") and told[-1].endswith("the report shows what was last read")
+    assert "data-refresh=" not in REPORT.read_text(encoding="utf-8")
+
+
+def test_sigterm_ends_with_143_even_where_a_file_is_damaged() -> None:
+    store(sample_cube())
+    with pytest.raises(Interrupted) as stop:
+        watched([lambda: Path("cube.nc").write_bytes(b"x")], signal.SIGTERM)
+    assert stop.value.exit_code == 143 and "data-refresh=" not in REPORT.read_text(encoding="utf-8")
+
+
+def test_files_that_were_named_and_are_not_there_are_told() -> None:
+    store(sample_cube())
+    told: list[str] = []
+    sources = Sources(Path("cube.nc"), schedule=Path("typo.json"), runs=[Path("typo")])
+
+    def say(news: str) -> None:
+        told.append(news)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    facts = watch_report(sources, REPORT, title="t", every=1, say=say)
+    assert told[0].startswith("report.html: written, without typo.json, typo/log.jsonl, not there yet;")
+    assert "schedule" not in facts
+
+
+@pytest.mark.parametrize("row", ['{"units": null}', '{"units": 1, "samples": "x"}', "[1]", "{"])
+def test_a_row_that_is_none_is_told_with_its_file(row: str) -> None:
+    log_run("run", 40)
+    with (Path("run") / "log.jsonl").open("a") as log:
+        log.write(row)
+    with pytest.raises(UsageError, match=r"run/log\.jsonl: not a training log"):
+        Sources(Path("cube.nc")).read(unfinished=True)
+
+
 def test_nothing_to_show_until_the_end_is_an_error() -> None:
     with pytest.raises(UsageError, match="nothing came to show"):
         watched([])
     assert not REPORT.exists()
 
 
-@pytest.mark.parametrize("every", [0.0, -1.0, float("nan")])
-def test_an_interval_below_a_second_is_refused(every: float) -> None:
-    with pytest.raises(UsageError, match="at least 1 second"):
+@pytest.mark.parametrize("every", [0.0, -1.0, float("nan"), float("inf"), 1e6])
+def test_an_interval_out_of_range_is_refused(every: float) -> None:
+    with pytest.raises(UsageError, match="from 1 second to a day"):
         watch_report(Sources(Path("cube.nc")), REPORT, title="t", every=every, say=print)
 
 

@@ -181,6 +181,9 @@ def optimize(
     )
 
 
+FEW_STEPS = 50  # below which a budget is more likely a slip of the pen than a training run
+
+
 @dataclass(frozen=True)
 class Wish:
     """A command that measures cells which leave stages open, and the units that it spends."""
@@ -291,6 +294,11 @@ def _lines(profile: Profile, plan: Schedule, out: Path, wishes: Sequence[Wish], 
         f"{plan.total_samples:,.0f} samples, {plan.total_samples * profile.reference_cost / budget:.1f} x as many as "
         f"without acceleration -> {out}",
     ]
+    if plan.batch_size and (steps := plan.total_samples / plan.batch_size) < FEW_STEPS:
+        lines.append(
+            f"about {steps:.0f} steps of {plan.batch_size} samples: too few to train with; a unit is one forward pass "
+            "of one sequence"
+        )
     if trajectory:
         lines += _trajectory_lines(plan)
     elif predicted.get("score_reference") is not None:

@@ -93,6 +93,13 @@ def test_the_smallest_budget_matches_the_reference(run: Run, cube: Path) -> None
     assert found["predicted"]["speed_up"] == pytest.approx(found["predicted"]["reference_budget"] / plan.budget)
 
 
+def test_a_budget_that_pays_for_few_steps_is_said_to(run: Run, cube: Path) -> None:
+    few = run("optimize", "--budget", "300")[1]
+    plan = load_schedule(Path("schedule.json"))
+    assert f"about {plan.total_samples / 16:.0f} steps of 16 samples: too few to train with" in few
+    assert "too few" not in run("optimize", "--budget", "2M")[1]
+
+
 def test_stages_tell_how_sure_they_are(run: Run, cube: Path) -> None:
     _, out = run("optimize", "--budget", "300", "--json")
     stages = json.loads(out)["stages"]

@@ -16,8 +16,9 @@ from gradscope import Grid, ProfileOptions, Strategy, open_cube, profile, profil
 from gradscope.checkpoints import load_checkpoint
 from gradscope.cube import DONE, FAILED, PENDING, digest_of
 from gradscope.engines import derive_seed
-from gradscope.errors import CheckpointError, CubeError, Interrupted, TaskError, UsageError
+from gradscope.errors import BusyError, CheckpointError, CubeError, Interrupted, TaskError, UsageError
 from gradscope.files import file_digest
+from gradscope.locks import sole_writer
 from gradscope.profiler import expected_work
 from gradscope.task import numbered_checkpoints
 from gradscope.tasks import PretrainTask
@@ -57,6 +58,14 @@ def test_a_cell_is_the_plain_formula_on_gradients_by_backward(folder: Path, tmp_
         cell["norm_sq_ref"]
     )
     assert float(cell["ca_mse"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_cube_that_another_process_writes_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    cube = tmp_path / "cube.nc"
+    with sole_writer(cube), pytest.raises(BusyError, match=r"cube\.nc: is being written by process"):
+        profile(LineTask(), folder, cube, options=OPTIONS)
+    assert not cube.exists()
+    profile(LineTask(), folder, cube, options=OPTIONS)
 
 
 def test_the_cube_is_complete_and_labelled(folder: Path, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from gradscope.checkpoints import list_checkpoints, load_checkpoint, save_checkp
 from gradscope.cli.run_settings import make_schedule
 from gradscope.config import Setting, TrainConfig
 from gradscope.engines import derive_seed
-from gradscope.errors import CheckpointError, InfeasibleError, Interrupted, UsageError
+from gradscope.errors import BusyError, CheckpointError, InfeasibleError, Interrupted, UsageError
 from gradscope.evaluation import extract_features
+from gradscope.locks import sole_writer
 from gradscope.trainer import RunOptions, load_run, read_log, train
 from schedulers import Strategy, in_costs
 from tests.gradscope.small_methods import SmallSetting, random_data, small_setting
@@ -388,7 +389,7 @@ def test_a_run_killed_in_the_midst_of_writing_a_checkpoint_continues(number: int
     run(setting, out)
     whole, part = (load_checkpoint(list_checkpoints(tmp_path / name)[-1].path) for name in ("whole", "run"))
     assert_identical(whole, part)
-    assert not list(out.glob(".*"))
+    assert not list(out.glob(".*.tmp"))
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(small_run: Path) -> None:
@@ -398,7 +399,7 @@ def test_a_checkpoint_is_replaced_as_a_whole(small_run: Path) -> None:
     with path.open("rb") as stream:
         save_checkpoint(path, {**content, "step": 99})
         assert stream.read() == before
-    assert load_checkpoint(path)["step"] == 99 and not list(small_run.glob(".*"))
+    assert load_checkpoint(path)["step"] == 99 and not list(small_run.glob(".*.tmp"))
 
 
 def test_only_the_newest_checkpoints_are_kept_where_asked(tmp_path: Path) -> None:
@@ -428,6 +429,14 @@ def test_a_stopped_run_that_keeps_one_checkpoint_continues(tmp_path: Path) -> No
     whole, part = (load_checkpoint(list_checkpoints(tmp_path / name)[-1].path) for name in ("whole", "run"))
     assert_identical(whole, part)
     assert [path.name for path in (tmp_path / "run").glob("*.pt")] == [f"step-{whole['step']:08d}.pt"]
+
+
+def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with sole_writer(out, folder=True), pytest.raises(BusyError, match="is being written by process"):
+        run(of_method("mocov3", evaluations=(), budget=200.0), out)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    run(of_method("mocov3", evaluations=(), budget=200.0), out)
 
 
 def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def _said_uncertain(facts: Facts) -> list[str]:
             "one strategy was measured, or standard errors are missing."
         )
     if uncertain["undefined"]:
-        points = ", ".join(f"{p:.3g}" for p in uncertain["undefined"])
+        points = ", ".join(map(_short, uncertain["undefined"]))
         lines.append(f"At progress {points} no score is defined: the reference gradient is lost in noise.")
     if cells["failed"] or cells["pending"]:
         lines.append(f"Of {cells['all']} cells {cells['failed']} failed and {cells['pending']} are not measured yet.")
@@ -312,11 +312,15 @@ def _text(strategy: str) -> str:
 
 
 def _range(progress: Sequence[float]) -> str:
-    return f"{progress[0]:.3g} to {progress[-1]:.3g}"
+    return f"{_short(progress[0])} to {_short(progress[-1])}"
+
+
+def _short(progress: float) -> str:
+    return f"{round(progress, 2):g}"
 
 
 def _at(progress: Sequence[float]) -> str:
-    return f"progress {_range(progress)}" if len(progress) > 1 else f"at progress {progress[0]:.3g}"
+    return f"progress {_range(progress)}" if len(progress) > 1 else f"at progress {_short(progress[0])}"
 
 
 def _all(points: int) -> str:

@@ -19,7 +19,7 @@ from benchmarks.acceleration.numbers import besides, crossing, curves_of, ratio_
 from benchmarks.acceleration.page import overview
 from benchmarks.acceleration.runs import Plan, checked, kept, read_results, run_key
 from benchmarks.acceleration.tables import rows_of
-from benchmarks.arms import shares_of
+from benchmarks.arms import LEAST_SUB_BATCHES, PROFILE_SHARE, shares_of
 from benchmarks.machine import versions
 from benchmarks.summary import SHOWN, parse_row
 from gradscope.config import Setting, TrainConfig, open_setting
@@ -131,8 +131,12 @@ def test_what_came_before_a_pilot_is_paid_for_too() -> None:
 
 def test_a_profile_may_cost_a_quarter_of_the_budget_whatever_the_method_has_besides() -> None:
     for case in CASES.values():
-        sub_batches = case.model.profile_samples(case.budgets[-1], 5) / case.model.batch_size
-        assert sub_batches == int(sub_batches) > 8
+        samples = case.model.profile_samples(case.pilot_budget, 5)
+        sub_batches = samples / case.model.batch_size
+        assert sub_batches == int(sub_batches) >= LEAST_SUB_BATCHES
+        grid = case.model.config().grid(case.model.image_size)
+        share = 5 * samples * sum(case.model.cost(strategy) for strategy in grid.strategies()) / case.pilot_budget
+        assert share <= PROFILE_SHARE or (sub_batches == LEAST_SUB_BATCHES and share < 1 / 3)
 
 
 def test_a_seed_that_lacks_a_budget_is_left_out_of_that_arm() -> None:

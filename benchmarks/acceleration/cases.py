@@ -35,7 +35,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Case:
-    """Budgets in units, ascending; pilots have the largest. `aim`: times less budget.
+    """Budgets in units, ascending; pilots have the largest, or `pilot`. `aim`: times less budget.
 
     `favourite`: the constant that is also run with another decay. `device`: what the case is meant for.
     """
@@ -48,6 +48,11 @@ class Case:
     hand_made: str
     favourite: str = "patch7"
     device: str = "cpu"
+    pilot: float | None = None
+
+    @property
+    def pilot_budget(self) -> float:
+        return self.pilot or self.budgets[-1]
 
     @property
     def arms(self) -> dict[str, Arm]:
@@ -112,10 +117,11 @@ CASES = {
         Case(
             "dino",
             Model(2, (2, 4, 7, 14), (0.0, 0.5), method="dino", settings=(("small_crops", 0),)),
-            BUDGETS[:4],
+            BUDGETS,
             2.5,
             CONSTANTS,
             HAND_MADE,
+            pilot=120e3,
         ),
         Case(
             "mocov3-small-60",

@@ -92,17 +92,18 @@ def rows_of(case: Case, results: Sequence[Mapping[str, Any]]) -> list[Row]:
         lambda mean: mean > 0,
     )  # fmt: skip
     constants = [name for name in case.constants if name in curves]
-    for budget in (case.budgets[0], case.budgets[-1]) if constants and "none" in curves else ():
+    both = sorted(set(curves.get("none", ())) & {budget for name in constants for budget in curves[name]})
+    for budget in sorted({both[0], both[-1]}) if both else ():
         there = [name for name in constants if budget in curves[name]]
-        if there:
-            first = max(there, key=lambda name: statistics.fmean(curves[name][budget]))
-            ahead = differences(results, first, "none", budget)
-            row(
-                f"constant strategies win at small budgets and lose at large ones: kNN accuracy of the best constant, "
-                f"'{first}', less that of no acceleration after {format_count(budget)} units", ahead, "fraction",
-                f"{'above' if budget == case.budgets[0] else 'below'} 0 in the mean",
-                (lambda mean: mean > 0) if budget == case.budgets[0] else (lambda mean: mean < 0),
-            )  # fmt: skip
+        first = max(there, key=lambda name: statistics.fmean(curves[name][budget]))
+        small = budget == both[0]
+        row(
+            f"constant strategies win at small budgets and lose at large ones: kNN accuracy of the best constant, "
+            f"'{first}', less that of no acceleration after {format_count(budget)} units",
+            differences(results, first, "none", budget), "fraction",
+            f"{'above' if small else 'below'} 0 in the mean",
+            (lambda mean: mean > 0) if small else (lambda mean: mean < 0),
+        )  # fmt: skip
     for poly in ("none-poly", f"{case.favourite}-poly"):
         cosine = poly.removesuffix("-poly")
         for budget in sorted(set(curves.get(poly, ())) & set(curves.get(cosine, ()))):

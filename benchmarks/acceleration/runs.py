@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def pilot_budget(self) -> float:
-        return self.case.budgets[-1]
+        return self.case.pilot_budget
 
     def setup(self, budget: float) -> Setup:
         pilot = budget == self.pilot_budget
@@ -96,7 +96,7 @@ class Plan:
 
         for budget in reversed(self.case.budgets):
             for name, arm in self.case.arms.items():
-                if name in arms and budget <= most and arm.least <= budget / self.pilot_budget <= arm.most:
+                if name in arms and budget <= most and arm.least <= budget / self.case.budgets[-1] <= arm.most:
                     add(name, budget)
         return keys, after
 

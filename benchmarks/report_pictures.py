@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WIDTHS = {360: 780, 820: 1000, 1280: 900}
 """Width and height of the screens, in pixels: a telephone, a tablet, a desk."""
 READY = "body[data-drawn]"
-COLOURS = 64  # of a picture's palette, so that it is small enough to be committed
+COLOURS = 192  # of a picture's palette, so that it is small enough to be committed
 
 
 def take(report: Path, out: Path, *, point: int, cell: tuple[float, float]) -> list[Path]:

@@ -247,12 +247,11 @@ def _said_gain(profile: Facts, found: Sequence[Facts]) -> str:
     if not gains:
         return "Two standard errors do not tell it from the reference."
     low, high = number(min(gains), 2), number(max(gains), 2)
-    where = (
-        ""
-        if len(gains) == len(found)
-        else f" at {len(gains)} of {_count(len(found), 'point')}, and is not told from it at the others"
-    )
-    return f"It scores {low if low == high else f'{low} to {high}'} times as well as the reference{where}."
+    told = f"It scores {low if low == high else f'{low} to {high}'} times as well as the reference"
+    if len(gains) == len(found):
+        return f"{told}."
+    points = _count(len(found), "point")
+    return f"{told} at {len(gains)} of {points}; elsewhere two standard errors do not tell them apart."
 
 
 def _said_schedule(schedule: Facts) -> list[str]:

@@ -3,7 +3,8 @@
     python -m benchmarks.report_pictures demo/report.html --out docs/pictures [--point 3] [--cell 0.5 0.5]
 
 Writes `report-<width>.png`, the top of the page at each of WIDTHS, `report-point.png`, the first heat map at the
-point of training with that index, and `report-hover.png`, it with the pointer at that share of its width and height.
+point of training with that index, and `report-hover.png`, it with the pointer at that share of its width and height,
+and prints how long the widest page took: until its words, its load event and its last figure.
 Needs playwright and a Chromium or Chrome on PATH; the browser has no network. What its console says is an error.
 """
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 WIDTHS = {360: 780, 820: 1000, 1280: 900}
 """Width and height of the screens, in pixels: a telephone, a tablet, a desk."""
 READY = "body[data-drawn]"
+TIMES = (
+    "[performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? NaN,"
+    " performance.getEntriesByType('navigation')[0].loadEventEnd, Number(document.body.dataset.drawn)]"
+)
 COLOURS = 192  # of a picture's palette, so that it is small enough to be committed
 
 
@@ -44,6 +49,11 @@ def take(report: Path, out: Path, *, point: int, cell: tuple[float, float]) -> l
                 said.append(f"the page is wider than {width} pixels")
             made.append(out / f"report-{width}.png")
             page.screenshot(path=made[-1])
+        words, loaded, drawn = page.evaluate(TIMES)
+        print(
+            f"{report}: {report.stat().st_size / 1e6:.2f} MB; words after {words:.0f} ms, loaded after {loaded:.0f} ms, "
+        )
+        print(f"all figures after {drawn:.0f} ms")
         made += _moved(page, out, point, cell)
         browser.close()
     if said:

@@ -79,7 +79,7 @@ window.addEventListener("load", async () => {
       }
       await pause();
     }
-    document.body.dataset.drawn = "true";
+    document.body.dataset.drawn = String(Math.round(performance.now())); // milliseconds
   } finally {
     if (seconds > 0) setTimeout(() => location.reload(), 1000 * seconds);
   }

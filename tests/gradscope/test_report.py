@@ -262,6 +262,14 @@ def test_a_keyboard_reaches_the_slider(page: Page) -> None:
     assert all(a.get("aria-label") for a in page.named("div") if (a.get("class") or "").startswith("figure"))
 
 
+def test_the_report_of_the_papers_grid_is_small() -> None:
+    patches, dropouts = (16, 20, 24, 30, 48), (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+    cube = sample_cube(patches=patches, dropouts=dropouts, image_size=240)
+    tree = tree_of(cube, [f"blocks.{i}" for i in range(20)], [0.05] * 20)
+    html = build_report(cube=tree, schedule=sample_schedule(sample_cube()), runs=sample_runs(rows=400))
+    assert len(html.encode()) < 7e6
+
+
 def test_only_a_watched_report_loads_itself_again(parts: dict[str, Any], html: str) -> None:
     assert "data-refresh=" not in html
     assert '<body data-refresh="10">' in build_report(**parts, refresh=10)

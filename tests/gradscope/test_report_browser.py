@@ -172,7 +172,7 @@ def test_a_watched_report_comes_back_to_the_point_that_it_showed(browser: Browse
     page.get_by_label("progress", exact=True).focus()
     page.keyboard.press("End")
     settled(page, 4)
-    until(page, "window.before === undefined && document.body?.dataset.drawn === 'true'")
+    until(page, "window.before === undefined && document.body?.dataset.drawn > 0")
     settled(page, 4)
     assert page.locator(".control output").inner_text() == "1"
     assert page.evaluate("document.querySelector('details').open && document.activeElement.id === 'progress'")

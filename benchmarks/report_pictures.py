@@ -50,10 +50,8 @@ def take(report: Path, out: Path, *, point: int, cell: tuple[float, float]) -> l
             made.append(out / f"report-{width}.png")
             page.screenshot(path=made[-1])
         words, loaded, drawn = page.evaluate(TIMES)
-        print(
-            f"{report}: {report.stat().st_size / 1e6:.2f} MB; words after {words:.0f} ms, loaded after {loaded:.0f} ms, "
-        )
-        print(f"all figures after {drawn:.0f} ms")
+        size = report.stat().st_size / 1e6
+        print(f"{size:.2f} MB; words after {words:.0f} ms, loaded {loaded:.0f} ms, all figures {drawn:.0f} ms")
         made += _moved(page, out, point, cell)
         browser.close()
     if said:

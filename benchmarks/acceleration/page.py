@@ -48,7 +48,7 @@ def _case_lines(case: Case, results: Sequence[Mapping[str, Any]], seconds: Mappi
         f"### {case.name}, base patch {case.model.patch}, grid {case.model.grid}, batch {case.model.batch_size}", "",
         "Accuracy in % after a budget in units, kNN / linear probe, mean over seeds (bold: best kNN of those with all "
         "seeds). Then how many times less budget gives the kNN accuracy that no acceleration has with "
-        f"{' and '.join(map(format_count, levels))} (5 to 95 % of resampled seeds), and the first of these in seconds "
+        f"{' or '.join(map(format_count, levels))} (5 to 95 % of resampled seeds), and the first of these in seconds "
         "of steps, and with the units of pilot and profile paid by one run.", "",
         _line(header), _line(["---"] * len(header)),
     ]  # fmt: skip
@@ -62,9 +62,10 @@ def _case_lines(case: Case, results: Sequence[Mapping[str, Any]], seconds: Mappi
             text = f"**{100 * mean:.1f}**" if mean == best[budget] and seeds == most else f"{100 * mean:.1f}"
             cells.append(text if linear is None else f"{text} / {100 * linear:.1f}")
         savings = [None if arm == "none" else saving_of(case, results, arm, level, seconds) for level in levels]
-        ratios = [_ratio(saving.units, interval=True) if saving else "" for saving in savings]
+        never = f"not by {format_count(max(curve))}"
+        ratios = [_ratio(saving.units, never, interval=True) if saving else "" for saving in savings]
         first = savings[0]
-        time = _ratio(first.time) if first and first.time else ""
+        time = _ratio(first.time, never) if first and first.time else ""
         paid = "" if first is None or first.with_paid is None else f"{first.with_paid:.2f}"
         lines.append(_line([*cells, str(seeds), *ratios, time, paid]))
     picture = PICTURES / f"acceleration-{case.name}.png"
@@ -73,9 +74,9 @@ def _case_lines(case: Case, results: Sequence[Mapping[str, Any]], seconds: Mappi
     return [*lines, ""]
 
 
-def _ratio(ratio: Ratio, *, interval: bool = False) -> str:
+def _ratio(ratio: Ratio, never: str, *, interval: bool = False) -> str:
     if not ratio.value:
-        return "not reached"
+        return never
     text = f"{'≥ ' if ratio.bound else ''}{ratio.value:.1f}"
     return f"{text} ({ratio.low:.1f} to {ratio.high:.1f})" if interval else text
 

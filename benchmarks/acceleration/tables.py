@@ -27,7 +27,7 @@ from benchmarks.summary import SHOWN, Row, table
 from schedulers import format_count
 
 COMMAND = "python -m benchmarks.acceleration.runs --cases"
-LEVELS = 2  # of the largest budgets of no acceleration whose accuracy others are to reach
+LEVELS = 3  # of the largest budgets of no acceleration whose accuracy others are to reach
 OPTIMIZED = ("descent", "online")  # what is held against the best of the others
 EXACT = (None, None)  # of a number without an interval
 Line = tuple[str, str, tuple[float, float | None, float | None], str, bool, int]

@@ -237,6 +237,10 @@ def open_cube(path: Path) -> xr.DataTree:
             f"{path}: no such cube; make one with `gradscope profile CKPT_DIR` (an online run writes one with its "
             "first probe)"
         )
+    if path.suffix == ".json":
+        raise CubeError(
+            f"{path}: a schedule or other JSON, not a cube; name the .nc file that `gradscope profile` wrote"
+        )
     try:
         with xr.open_datatree(path, engine=ENGINE) as tree:
             loaded = tree.load()

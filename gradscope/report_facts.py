@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradscope.plots._theme import number
+from gradscope.plots._theme import number, with_error
 from gradscope.plots._view import (
     DONE,
     FAILED,
@@ -204,7 +204,7 @@ def sentences(facts: Facts) -> list[str]:
     """The facts in a few sentences of plain text, the most important first."""
     said = []
     if "profile" in facts:
-        said += _said_best(facts["profile"], facts["best"])
+        said += _said_best(facts["profile"], facts["best"]) + _said_sure(facts)
     if "schedule" in facts:
         said += _said_schedule(facts["schedule"])
     if "uncertain" in facts:
@@ -263,10 +263,8 @@ def _said_schedule(schedule: Facts) -> list[str]:
     elif more is not None:
         said += f": a budget pays for {number(more, 2)} times as many samples as by the reference alone"
     lines = [f"{said}."]
-    speed_up = schedule["predicted"].get("speed_up")
-    if isinstance(speed_up, float) and math.isfinite(speed_up):
-        beyond = ", if what was measured last goes on to hold" if schedule["predicted"].get("beyond_profile") else ""
-        lines.append(f"It is predicted to train {number(speed_up)} times as fast as the reference alone{beyond}.")
+    if said := _said_predicted(schedule["predicted"]):
+        lines.append(said)
     if schedule["unsure_stages"]:
         lines.append(
             f"In {_count(schedule['unsure_stages'], 'stage')} of {len(schedule['stages'])} its strategy is best with "
@@ -275,13 +273,27 @@ def _said_schedule(schedule: Facts) -> list[str]:
     return lines
 
 
-def _said_uncertain(facts: Facts) -> list[str]:
-    uncertain, cells, lines = facts["uncertain"], facts["profile"]["cells"], list[str]()
+def _said_predicted(predicted: Facts) -> str:
+    """How far and how fast; "" for a schedule that was made by hand."""
+    end, error, speed_up = (predicted.get(name) for name in ("progress", "progress_se", "speed_up"))
+    if not isinstance(speed_up, float) or not math.isfinite(speed_up):
+        return ""
+    beyond = ", if what was measured last goes on to hold" if predicted.get("beyond_profile") else ""
+    if not isinstance(end, float) or not isinstance(error, float):
+        return f"It is predicted to train {number(speed_up)} times as fast as the reference alone{beyond}."
+    reach = f"progress {with_error(end, error)} of the profiled run"
+    if error >= end:
+        return f"What it reaches is lost in noise ({reach}{beyond})."
+    return f"It is predicted to reach {reach}, {number(speed_up, 2)} times as fast as the reference alone{beyond}."
+
+
+def _said_sure(facts: Facts) -> list[str]:
+    uncertain, lines = facts["uncertain"], list[str]()
     told = sum(one is not None and one["decided"] is not None for one in facts["best"])
     if uncertain["undecided"]:
         lines.append(
             f"At {len(uncertain['undecided'])} of {_count(told, 'point')} other strategies are within two standard "
-            "errors of the best: more samples may change it."
+            "errors of the best, so that one of them may be it."
         )
     elif told:
         lines.append(f"The best strategy is clear by more than two standard errors at {_all(told)}.")
@@ -293,6 +305,11 @@ def _said_uncertain(facts: Facts) -> list[str]:
     if uncertain["undefined"]:
         points = ", ".join(map(_short, uncertain["undefined"]))
         lines.append(f"At progress {points} no score is defined: the reference gradient is lost in noise.")
+    return lines
+
+
+def _said_uncertain(facts: Facts) -> list[str]:
+    uncertain, cells, lines = facts["uncertain"], facts["profile"]["cells"], list[str]()
     if cells["failed"] or cells["pending"]:
         lines.append(f"Of {cells['all']} cells {cells['failed']} failed and {cells['pending']} are not measured yet.")
     if uncertain["untrained"]:

@@ -352,7 +352,8 @@ def _attribute(value: Any) -> str:
     text = str(value)
     structure = _json(text) if text[:1] in "{[" else None
     if structure is not None:
-        return f"<pre>{escaped(json.dumps(structure, indent=1, ensure_ascii=False))}</pre>"
+        shown = escaped(json.dumps(structure, indent=1, ensure_ascii=False))
+        return f"<details><summary>{len(text):,} characters</summary><pre>{shown}</pre></details>"
     return escaped(text)
 
 

@@ -183,7 +183,7 @@ def _legend(info: HeatmapInfo) -> list[Any]:
     entries: list[tuple[bool, str, dict[str, Any]]] = [
         (any(info.chosen), "schedule", _CHOSEN_MARK),
         (any(info.best), "best", _BEST_MARK),
-        (any(info.rivals), "as good", _RIVAL_MARK),
+        (any(info.rivals), "rival", _RIVAL_MARK),
         (
             bool(info.uncertain.any()),
             "≈ 0",

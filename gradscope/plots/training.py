@@ -108,7 +108,7 @@ def _training_figure(curves: tuple[Curve, ...]) -> go.Figure:
             in_legend = label == ("accuracy" if curve.accuracy.size else "loss")
             figure.add_trace(_trace(i, curve, label, in_legend=in_legend), row=row, col=1)
         figure.update_yaxes(
-            title_text=label, tickformat=".0%" if label == "accuracy" else None, nticks=6, row=row, col=1
+            title_text=label, tickformat=".1%" if label == "accuracy" else None, nticks=6, row=row, col=1
         )
     bottom = _AXIS + _theme.legend_height(len(curves), columns=1)  # names are long
     figure.update_layout(

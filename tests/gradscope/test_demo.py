@@ -12,7 +12,7 @@ import gradscope.demo
 from gradscope.config import TrainConfig
 from gradscope.data import ImageData
 from gradscope.demo import run_demo
-from schedulers import load_schedule
+from schedulers import load_schedule, save_schedule
 
 
 @pytest.fixture
@@ -60,3 +60,15 @@ def test_demo_goes_round_and_continues_after_an_interruption(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     strip = [dataclasses.replace(row, seconds=0.0) for row in again.rows]
     assert strip == [dataclasses.replace(row, seconds=0.0) for row in whole.rows]
+
+
+def test_what_is_tried_in_its_folder_does_not_stop_the_demo_from_running_again(
+    small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_demo(tmp_path, budget=400, data="fashion-mnist-10k", quiet=True)
+    found = load_schedule(tmp_path / "schedule.json")
+    save_schedule(dataclasses.replace(found, budget=800.0), tmp_path / "schedule.json")  # `gradscope optimize` there
+    monkeypatch.setattr(gradscope.demo, "SAMPLES", 128)  # a finer profile would give another schedule
+    again = run_demo(tmp_path, budget=400, data="fashion-mnist-10k", quiet=True)
+    assert [row.samples for row in again.rows] == [row.samples for row in first.rows]
+    assert load_schedule(tmp_path / "schedule.json").budget == 800

@@ -299,7 +299,7 @@ def test_heatmap_frames_slider_and_legend(cube: xr.Dataset, schedule: Schedule) 
     assert figure.data[1].z == figure.frames[3].data[1].z
     assert figure.layout.updatemenus[0].buttons[0].label == "Play"
     legend = [trace.name for trace in figure.data if trace.showlegend]
-    assert legend == ["schedule", "best", "as good", "no value", "failed"]
+    assert legend == ["schedule", "best", "rival", "no value", "failed"]
     assert all(trace.hovertemplate.endswith("<extra></extra>") for trace in figure.data if trace.hovertemplate)
 
 

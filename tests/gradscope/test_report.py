@@ -142,7 +142,8 @@ def test_the_page_begins_with_the_facts_in_a_few_sentences(parts: dict[str, Any]
     said = sentences(facts_of(**shown))
     assert page.text.index(said[0]) < page.text.index(said[1]) < page.text.index("The cube holds 9 strategies")
     assert said[0].startswith("By descent (optimizer metric) the best strategy is patch 4, dropout 0.25")
-    assert "4M units pay for 6.603M samples, 6.6 times as many as the reference alone." in said[1]
+    assert said[1].startswith("At 5 of 5 points other strategies are within two standard errors of the best")
+    assert "4M units pay for 6.603M samples, 6.6 times as many as the reference alone." in said[2]
     assert "Of 45 cells 1 failed and 2 are not measured yet." in said
 
 
@@ -227,6 +228,26 @@ def test_scores_that_are_lost_in_noise_are_told_from_missing_ones(cube: xr.Datas
     assert "Nothing is measured" not in sentences(facts_of(cube=lost))[0]
     rows = Page(build_report(cube=lost)).text.partition("All values of descent as a table")[2]
     assert rows.count("undefined") >= 42 and "failed" in rows
+
+
+@pytest.mark.parametrize(
+    ("predicted", "said"),
+    [
+        ({"speed_up": 2.5}, "It is predicted to train 2.5 times as fast as the reference alone."),
+        (
+            {"speed_up": 2.5, "progress": 1.5, "progress_se": 0.3, "beyond_profile": True},
+            "It is predicted to reach progress 1.5 ± 0.3 of the profiled run, 2.5 times as fast as the reference alone, "
+            "if what was measured last goes on to hold.",
+        ),
+        (
+            {"speed_up": 2.5, "progress": 34.0, "progress_se": 50.0},
+            "lost in noise (progress 34 ± 50 of the profiled run)",
+        ),
+    ],
+)
+def test_a_prediction_is_told_with_its_error(parts: dict[str, Any], predicted: dict[str, Any], said: str) -> None:
+    schedule = dataclasses.replace(parts["schedule"], predicted=predicted)
+    assert any(said in one for one in sentences(facts_of(schedule=schedule)))
 
 
 def test_a_schedule_for_any_budget_is_told_by_its_samples(cube: xr.Dataset, parts: dict[str, Any]) -> None:

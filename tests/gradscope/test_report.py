@@ -236,12 +236,12 @@ def test_scores_that_are_lost_in_noise_are_told_from_missing_ones(cube: xr.Datas
         ({"speed_up": 2.5}, "It is predicted to train 2.5 times as fast as the reference alone."),
         (
             {"speed_up": 2.5, "progress": 1.5, "progress_se": 0.3, "beyond_profile": True},
-            "It is predicted to reach progress 1.5 ± 0.3 of the profiled run, 2.5 times as fast as the reference alone, "
-            "if what was measured last goes on to hold.",
+            "It is predicted to reach progress 1.5 ± 0.3 of the profiled run, 2.5 times as fast as the reference "
+            "alone, if what was measured last goes on to hold.",
         ),
         (
             {"speed_up": 2.5, "progress": 34.0, "progress_se": 50.0},
-            "lost in noise (progress 34 ± 50 of the profiled run)",
+            "lost in noise (progress 30 ± 50",
         ),
     ],
 )

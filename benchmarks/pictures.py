@@ -177,9 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GradscopeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    tell(made)
+    return 0
+
+
+def tell(made: Sequence[Path]) -> None:
+    """Print each picture with its size."""
     for picture in made:
         print(f"{picture}  {picture.stat().st_size / 1000:.0f} kB")
-    return 0
 
 
 def _check(paths: Sequence[Path], together: str | None) -> None:

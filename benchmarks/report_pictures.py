@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.pictures import PictureError, find_browser
+from benchmarks.pictures import PictureError, find_browser, tell
 from schedulers.errors import GradscopeError, UsageError
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GradscopeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    for picture in made:
-        print(f"{picture}  {picture.stat().st_size / 1000:.0f} kB")
+    tell(made)
     return 0
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from gradscope import report_tables as tables
 from gradscope.files import write_text
-from gradscope.report_facts import Facts, Shown, report_facts, sentences
+from gradscope.report_facts import Facts, Shown, report_facts
+from gradscope.report_words import sentences
 from schedulers.errors import UsageError
 
 if TYPE_CHECKING:

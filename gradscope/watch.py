@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.errors import GradscopeError, UsageError
+from gradscope.runlog import LOG_FILE, read_log
 from gradscope.signals import StopFlag
 
 if TYPE_CHECKING:
     from gradscope.report_facts import Facts
 
-LOG = "log.jsonl"
 TICK = 0.2  # seconds between looks at a signal
 LONGEST = 86_400  # seconds between looks at the files
 
@@ -37,18 +37,18 @@ class Sources:
         """The training folders, in order of their names."""
         if self.runs:
             return list(self.runs)
-        logs = [*Path().glob(LOG), *sorted(Path().glob(f"*/{LOG}"))]
+        logs = [*Path().glob(LOG_FILE), *sorted(Path().glob(f"*/{LOG_FILE}"))]
         return [log.parent for log in logs if any(log.parent.glob("step-*.pt"))]
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """Name, time of the last change and size of every file there is: equal where nothing was written."""
-        files = [self.cube, self.schedule_path(), *(folder / LOG for folder in self.run_folders())]
+        files = [self.cube, self.schedule_path(), *(folder / LOG_FILE for folder in self.run_folders())]
         found = [(file, file.stat()) for file in files if file is not None and file.is_file()]
         return tuple((str(file), status.st_mtime_ns, status.st_size) for file, status in found)
 
     def missing(self) -> list[Path]:
         """The files that were named and are not there, the cube among them."""
-        logs = [folder / LOG for folder in self.runs or ()]
+        logs = [folder / LOG_FILE for folder in self.runs or ()]
         named = [self.cube, *([self.schedule] if self.schedule else []), *logs]
         return [path for path in named if not path.is_file()]
 
@@ -59,13 +59,12 @@ class Sources:
         `read_log` do.
         """
         from gradscope.cube import open_cube
-        from gradscope.runlog import read_log
         from schedulers import load_schedule
 
         path, folders = self.schedule_path(), self.run_folders()
         if unfinished:
             path = path if path and path.is_file() else None
-            folders = [folder for folder in folders if (folder / LOG).is_file()]
+            folders = [folder for folder in folders if (folder / LOG_FILE).is_file()]
         return {
             "cube": None if unfinished and not self.cube.is_file() else open_cube(self.cube),
             "schedule": None if path is None else load_schedule(path),

@@ -71,7 +71,7 @@ def plot(
 
     gradscope plot
     """
-    from gradscope.report_facts import sentences
+    from gradscope.report_words import sentences
     from gradscope.watch import Sources, make_report, watch_report
 
     sources, title = Sources(cube, schedule, run), f"gradscope: {cube.stem}"

@@ -16,8 +16,8 @@ RANK = {
     "recipes": 4, "checks": 5, "setting_checks": 5, "checkpoints": 5, "config": 5, "runlog": 5, "pilot": 5,
     "influence": 5, "cube_costs": 5, "races": 5, "evaluation": 5, "cube": 6, "measuring": 6, "merge": 6, "stepper": 6,
     "profile_cube": 7, "adaptive": 8, "profile_plan": 8, "tasks": 8, "profiler": 8, "timing": 8, "plans": 9,
-    "integrations": 9, "plots": 9, "report_facts": 9, "report_tables": 9, "trainer": 10, "foreign": 10, "report": 10,
-    "demo": 11, "watch": 11, "cli": 12, "__main__": 13,
+    "integrations": 9, "plots": 9, "report_facts": 9, "report_tables": 9, "report_words": 9, "trainer": 10,
+    "foreign": 10, "report": 10, "demo": 11, "watch": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 

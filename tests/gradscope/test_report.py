@@ -16,8 +16,8 @@ from plotly.offline import get_plotlyjs
 
 from gradscope.plots._theme import with_error
 from gradscope.report import build_report, facts_of, write_report
-from gradscope.report_facts import sentences
 from gradscope.report_tables import results_of
+from gradscope.report_words import sentences
 from schedulers.errors import UsageError
 from schedulers.schedule import Schedule, Stage
 from schedulers.strategy import Strategy

@@ -93,6 +93,12 @@ def test_the_smallest_budget_matches_the_reference(run: Run, cube: Path) -> None
     assert found["predicted"]["speed_up"] == pytest.approx(found["predicted"]["reference_budget"] / plan.budget)
 
 
+def test_a_schedule_given_as_a_cube_is_told_from_a_damaged_one(run: Run, cube: Path) -> None:
+    assert run("optimize", "--budget", "2M")[0] == 0
+    code, said = run("optimize", "schedule.json", "--budget", "2M")
+    assert code == 1 and "schedule.json: " in said and "not a cube" in said and "remove it" not in said
+
+
 def test_a_budget_that_pays_for_few_steps_is_said_to(run: Run, cube: Path) -> None:
     few = run("optimize", "--budget", "300")[1]
     plan = load_schedule(Path("schedule.json"))

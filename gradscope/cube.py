@@ -193,26 +193,34 @@ def put_cell(cube: xr.Dataset, groups: xr.Dataset, index: tuple[int, ...], found
         groups[name].values[index] = found.groups_WGE[:, :, ESTIMATES.index(name)]
         groups[f"{name}_se"].values[index] = found.groups_se_WGE[:, :, ESTIMATES.index(name)]
     order = [ESTIMATES.index(name) for name in MOMENTS]
-    covariance = found.covariance_WEE[:, order][:, :, order]
-    cube["moment_cov"].values[index] = covariance
+    cube["moment_cov"].values[index] = found.covariance_WEE[:, order][:, :, order]
     cube["influence"].values[index] = influence_of(found.deleted_MWE[:, :, order], cube.sizes["replicate"])
-    moments = readable(Moments(**{name: values[:, ESTIMATES.index(name)] for name in MOMENTS}), covariance)
-    costs = cube["cost"].sel(cost_model="tokens").values
-    cost = costs[index[1:]]
-    reference_cost = float(costs[grid_of(cube).position(grid_of(cube).reference)])
-    settings: dict[str, Any] = {
-        "beta": float(cube.attrs["beta"]),
-        "batch_size": int(cube.attrs["batch_size"]),
-        "reference_cost": reference_cost,
-    }
-    for criterion in CRITERIA.values():
-        cube[variable_name(criterion.name)].values[index] = criterion.score(moments, cost, **settings)
-        cube[f"{variable_name(criterion.name)}_se"].values[index] = criterion_se(
-            criterion, moments, covariance, cost, **settings
-        )
     cube["status"].values[index] = DONE
     cube["n_samples"].values[index] = found.samples
     cube["cell_key"].values[index] = key
+    score_cells(cube, index[0])
+
+
+def score_cells(cube: xr.Dataset, t: int) -> None:
+    """Write the criteria of all finished cells at one progress, with the norm_sq_ref that `profile_of` gives them."""
+    grid, here = grid_of(cube), cube.isel(progress=[t])
+    cost = cube["cost"].sel(cost_model="tokens").values.reshape(-1)
+    settings: dict[str, Any] = {
+        "beta": float(cube.attrs["beta"]),
+        "batch_size": int(cube.attrs["batch_size"]),
+        "reference_cost": float(cost[np.ravel_multi_index(grid.position(grid.reference), grid.shape)]),
+    }
+    for w, metric in enumerate(cube["metric"].values):
+        moments, covariance, done = _moments_of(here.sel(metric=metric), grid)
+        moments = readable(moments, covariance)
+        for criterion in CRITERIA.values():
+            found = (
+                criterion.score(moments, cost, **settings),
+                criterion_se(criterion, moments, covariance, cost, **settings),
+            )
+            for name, values in zip(("", "_se"), found, strict=True):
+                into = cube[f"{variable_name(criterion.name)}{name}"].values[t, ..., w]
+                into[...] = np.where(done[0], values[0], np.nan).reshape(grid.shape)
 
 
 def save_cube(cube: xr.Dataset, groups: xr.Dataset | None, path: Path) -> None:
@@ -318,13 +326,10 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         cure = "; `gradscope cost CKPT_DIR --cube FILE` measures them" if cost_model == "measured" else ""
         raise UsageError(f"the cube holds no costs of the model {cost_model!r}; it has {', '.join(known)}{cure}")
     grid = grid_of(cube)
-    done = cube["status"].values.reshape(cube.sizes["progress"], -1) == DONE
     here = cube.sel(metric=metric).transpose("progress", *grid.axes, ...)
-    flat = {name: here[name].values.reshape(done.shape) for name in MOMENTS}
+    moments, covariance, done = _moments_of(here, grid)
     cost = cube["cost"].sel(cost_model=cost_model).values.reshape(-1)
     reference = int(np.ravel_multi_index(grid.position(grid.reference), grid.shape))
-    shared = np.where(done[:, reference, None], flat["norm_sq_ref"][:, reference, None], flat["norm_sq_ref"])
-    flat["norm_sq_ref"] = shared
     batch_size = int(cube.attrs["batch_size"])
     training = training_of(cube)
     pilot, budget = pilot_of(training, grid)
@@ -335,8 +340,8 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
         grid=grid,
         progress=here["progress"].values,
         cost=cost,
-        moments=Moments(**{name: np.where(done, values, np.nan) for name, values in flat.items()}),
-        covariance=_covariance(here, done, reference),
+        moments=moments,
+        covariance=covariance,
         batch_size=batch_size,
         beta=batch_size * float(cost[reference]),
         metric=metric,
@@ -355,6 +360,21 @@ def profile_of(cube: xr.Dataset, *, metric: str = "optimizer", cost_model: str =
     if isinstance(trained, bool) or not isinstance(trained, int) or trained < 1:
         raise CubeError(f"the cube's attribute training_json is damaged (batch_size={trained!r})")
     return profile.for_batch(trained)
+
+
+def _moments_of(here: xr.Dataset, grid: Grid) -> tuple[Moments, NDArray[np.float64], NDArray[np.bool_]]:
+    """Moments (T, C), NaN but where done, their covariance (T, C, 5, 5), and which cells are done (T, C).
+
+    `here` is a cube in one metric, progress and axes first. Where the reference is done, all cells of its progress have
+    its norm_sq_ref.
+    """
+    done = here["status"].values.reshape(here.sizes["progress"], -1) == DONE
+    reference = int(np.ravel_multi_index(grid.position(grid.reference), grid.shape))
+    flat = {name: here[name].values.reshape(done.shape) for name in MOMENTS}
+    own = flat["norm_sq_ref"]
+    flat["norm_sq_ref"] = np.where(done[:, reference, None], own[:, reference, None], own)
+    moments = Moments(**{name: np.where(done, values, np.nan) for name, values in flat.items()})
+    return moments, _covariance(here, done, reference), done
 
 
 def _covariance(here: xr.Dataset, done: NDArray[np.bool_], reference: int) -> NDArray[np.float64]:

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from gradscope.cube import COST_MODELS, DONE, PENDING, failed_names, grid_of, groups_of, new_cube, new_groups
+from gradscope.cube import (
+    COST_MODELS,
+    DONE,
+    PENDING,
+    failed_names,
+    grid_of,
+    groups_of,
+    new_cube,
+    new_groups,
+    score_cells,
+)
 from gradscope.cube_costs import keep_costs
 from gradscope.errors import CubeError
 from gradscope.influence import common_replicates, folded
@@ -22,13 +32,14 @@ def copy_cells(source: xr.DataTree, cube: xr.Dataset, groups: xr.Dataset | None)
 
     A row's place is that of the checkpoint with the same digest and step (its progress may have changed, when the run
     went on), a cell's that of the same values on every axis. What `cube` already holds is only replaced by a
-    measurement of more samples. Replicates of `influence` are added up where `cube` has room for fewer, and 0 where
-    `source` has none. Raises CubeError when `source` holds a cell for which `cube` has no place.
+    measurement of more samples. Criteria are computed anew. Replicates of `influence` are added up where `cube` has
+    room for fewer, and 0 where `source` has none. Raises CubeError when `source` holds a cell for which `cube` has no
+    place.
     """
     old, grid = source.dataset, grid_of(cube)
     old_grid, child = grid_of(old), groups_of(source)
     rows = {checkpoint: t for t, checkpoint in enumerate(_checkpoints(cube))}
-    copied = 0
+    copied, touched = 0, set[int]()
     for t, which in enumerate(_checkpoints(old)):
         for strategy in old_grid.strategies():
             at = (t, *old_grid.position(strategy))
@@ -46,6 +57,9 @@ def copy_cells(source: xr.DataTree, cube: xr.Dataset, groups: xr.Dataset | None)
                 if groups is not None and child is not None:
                     _copy(child, groups, at, to, len(at))
                 copied += 1
+                touched.add(to[0])
+    for t in touched:  # the reference may have come from one file and its rivals from another
+        score_cells(cube, t)
     return copied
 
 

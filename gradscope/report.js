@@ -1,5 +1,5 @@
 // Draws the figures of a report one after another, so that the words are there at once, and moves them together.
-// All figures over progress show the same point: moving one slider, or the control above them, moves all.
+// All figures over progress show the same point, that of the control above them.
 // A page that was loaded again (by itself every data-refresh seconds, or by its reader) begins as it was left.
 window.addEventListener("load", async () => {
   const config = { displaylogo: false, responsive: true, modeBarButtons: [["toImage"]] };
@@ -9,17 +9,15 @@ window.addEventListener("load", async () => {
   const [range, said, play] = control ? ["input", "output", "button"].map(tag => control.querySelector(tag)) : [];
   const details = Array.from(document.querySelectorAll("details"));
   const linked = []; // figures drawn so far that have frames
-  const told = new Map(); // figure -> the frame it was sent to, until it says that it is there
   const key = "state of " + document.title;
   const seconds = Number(document.body.dataset.refresh);
   let shown = null, playing = null;
 
-  const forget = (figure, name) => { if (told.get(figure) === name) told.delete(figure); };
-  const send = (figure, name) => {
-    told.set(figure, name);
-    Plotly.animate(figure, [name], still).catch(() => forget(figure, name)); // a later move has overtaken this one
-  };
-  const show = (name, from) => {
+  const send = (figure, name) => Plotly.animate(figure, [name], still).then(
+    () => { figure.dataset.shows = name; },
+    () => {}, // a later move has overtaken this one
+  );
+  const show = name => {
     if (name === shown) return;
     shown = name;
     if (control) {
@@ -27,10 +25,10 @@ window.addEventListener("load", async () => {
       range.setAttribute("aria-valuetext", "progress " + name);
       said.textContent = name;
     }
-    for (const figure of linked) if (figure !== from) send(figure, name);
+    for (const figure of linked) send(figure, name);
   };
   const stop = () => { clearInterval(playing); playing = null; play.textContent = "Play"; };
-  const next = () => { if (+range.value + 1 < names.length) show(names[+range.value + 1], null); else stop(); };
+  const next = () => { if (+range.value + 1 < names.length) show(names[+range.value + 1]); else stop(); };
   const start = () => { play.textContent = "Pause"; playing = setInterval(next, 900); };
 
   const save = () => {
@@ -43,17 +41,17 @@ window.addEventListener("load", async () => {
     let state = null;
     try { state = JSON.parse(sessionStorage.getItem(key)); } catch (error) { /* as if there were none */ }
     if (!state || performance.getEntriesByType("navigation")[0]?.type !== "reload") return;
-    if (names.includes(state.name)) show(state.name, null);
+    if (names.includes(state.name)) show(state.name);
     if (state.open.length === details.length) details.forEach((one, i) => { one.open = state.open[i]; });
     if (control && state.focus >= 0) [range, play][state.focus].focus({ preventScroll: true });
     if (control && state.playing) start();
   };
 
   if (control) {
-    range.addEventListener("input", () => show(names[range.value], null));
+    range.addEventListener("input", () => show(names[range.value]));
     play.addEventListener("click", () => {
       if (playing !== null) return stop();
-      if (+range.value + 1 === names.length) show(names[0], null);
+      if (+range.value + 1 === names.length) show(names[0]);
       start();
     });
   }
@@ -69,11 +67,7 @@ window.addEventListener("load", async () => {
         await Plotly.addFrames(figure, frames);
         if (figure.closest(".linked")) {
           linked.push(figure);
-          figure.on("plotly_animatingframe", event => {
-            if (told.get(figure) === event.name) return void told.delete(figure);
-            told.delete(figure);
-            show(event.name, figure);
-          });
+          figure.dataset.shows = frames[0].name;
           if (shown !== null) send(figure, shown);
         }
       }

@@ -122,11 +122,14 @@ class _Figures:
 
     def html(self, figure: go.Figure, *, wide: bool = False) -> str:
         """A block that report.js draws with plotly.js; nothing plays on load. A `wide` one scrolls on a telephone."""
+        from gradscope.plots import _theme
+
         self.count += 1
-        text = figure.to_json()
+        text = _theme.without_slider(figure).to_json()
         for sign in "<>&":
             text = text.replace(sign, f"\\u{ord(sign):04x}")
-        return (
+        hint = '<small class="sideways">Wider than this screen: it scrolls sideways.</small>' if wide else ""
+        return hint + (
             f'<div class="figure{" wide" if wide else ""}" role="group" aria-label="{tables.escaped(_spoken(figure))}">'
             f'<div id="figure-{self.count}" class="plotly-graph-div" style="height:{figure.layout.height:g}px"></div>'
             f'<script type="application/json">{text}</script></div>'
@@ -190,8 +193,8 @@ def _cube_figures(
         layers = figures.html(plot_groups(cube, metric=shown.metric), wide=True)
     numbers = tables.values_table(shown.view, shown.variable)
     return (
-        "<h2>Strategies over training</h2><p>Move a slider to go through training: the figures of this section move "
-        "together. Point at a cell for all its numbers.</p>"
+        "<h2>Strategies over training</h2><p>The slider goes through training, all figures of this section with it. "
+        "Point at a cell for all its numbers.</p>"
         f'<div class="linked">{_control(shown.view.labels)}{lead}'
         f"<details><summary>All values of {tables.escaped(shown.criterion)} as a table</summary>{numbers}</details>"
         f'<div class="pair">{pairs}</div>{scatter}{layers}</div>'

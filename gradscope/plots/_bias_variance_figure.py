@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from gradscope.plots.bias_variance import BiasVarianceInfo
 
-_TOP, _AXIS, _SLIDER, _PLOT = 38, 56, 78, 380  # pixels: space above the titles, axis title, slider, plot
+_TOP, _AXIS, _PLOT = 38, 56, 380  # pixels: space above the titles, axis title, plot
 _BEST_MARK = {"symbol": "circle-open", "size": 24, "color": _theme.INK, "line": {"width": 2}}
 
 
@@ -28,7 +28,7 @@ def bias_variance_figure(info: BiasVarianceInfo, start: int) -> go.Figure:
     names = _theme.progress_labels(info.progress)
     titles = [_title(info, t) for t in range(len(names))]
     legend = [*_lines(info), *_legend(info)]
-    above_legend = _AXIS + (_SLIDER if len(names) > 1 else 0)
+    above_legend = _AXIS + (_theme.SLIDER if len(names) > 1 else 0)
     bottom = above_legend + _theme.legend_height(len(legend))
     top = _TOP + 19 * max(_theme.title_lines(text) for text in titles)
     moving = _points(info, start)

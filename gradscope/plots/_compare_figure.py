@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gradscope.plots.compare import CompareInfo
 
-_TOP, _AXIS, _SLIDER, _PLOT = 38, 56, 78, 400  # pixels: space above the titles, axis title, slider, plot
+_TOP, _AXIS, _PLOT = 38, 56, 400  # pixels: space above the titles, axis title, plot
 _RINGS = (
     {"symbol": "circle-open", "size": 24, "color": _theme.INK, "line": {"width": 2}},
     {"symbol": "square-open", "size": 26, "color": _theme.INK, "line": {"width": 2}},
@@ -30,7 +30,7 @@ def compare_figure(info: CompareInfo, start: int) -> go.Figure:
     labels = _theme.progress_labels(info.progress)
     titles = [_title(info, t) for t in range(len(labels))]
     legend = _legend(info)
-    above_legend = _AXIS + (_SLIDER if len(labels) > 1 else 0)
+    above_legend = _AXIS + (_theme.SLIDER if len(labels) > 1 else 0)
     bottom = above_legend + _theme.legend_height(len(legend))
     top = _TOP + 19 * max(_theme.title_lines(text) for text in titles)
     moving = _points(info, start)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gradscope.plots.heatmap import Cell, HeatmapInfo
 
-_TOP, _AXIS, _SLIDER = 36, 52, 78  # pixels: space above the titles, axis title, slider
+_TOP, _AXIS = 36, 52  # pixels: space above the titles, axis title
 _WRITTEN_COLUMNS = 5  # more columns than this leave no room for numbers on a narrow screen
 _CHOSEN_MARK = {"symbol": "circle", "size": 11, "color": _theme.INK, "line": {"width": 2, "color": "white"}}
 _BEST_MARK = {"symbol": "star", "size": 15, "color": "white", "line": {"width": 1.5, "color": _theme.INK}}
@@ -34,7 +34,7 @@ def heatmap_figure(info: HeatmapInfo, start: int) -> go.Figure:
     plot_height = min(max(62 * height, 150), 460)
     top = _TOP + 19 * max(_theme.title_lines(text) for text in titles)
     legend = _legend(info)
-    above_legend = _AXIS + (_SLIDER if len(names) > 1 else 0)
+    above_legend = _AXIS + (_theme.SLIDER if len(names) > 1 else 0)
     bottom = above_legend + _theme.legend_height(len(legend))
     full_height = top + plot_height + bottom
     figure = go.Figure(data=_traces(info, start))

@@ -214,6 +214,10 @@ def legend_height(entries: int, columns: int = 2) -> int:
     return 12 + 19 * math.ceil(entries / columns)
 
 
+SLIDER = 78
+"""Pixels between axis and legend that a slider takes."""
+
+
 def add_slider(figure: go.Figure, names: Sequence[str], *, active: int, y: float) -> None:
     """A slider over the frames `names` with play and pause, its top at the paper height `y`.
 
@@ -269,3 +273,14 @@ def add_slider(figure: go.Figure, names: Sequence[str], *, active: int, y: float
             }
         ],
     )
+
+
+def without_slider(figure: go.Figure) -> go.Figure:
+    """The figure with its frames, but neither slider nor buttons nor the room for them: something else moves it."""
+    if not figure.layout.sliders:
+        return figure
+    height = figure.layout.height - SLIDER
+    figure.layout.legend.y *= figure.layout.height / height
+    figure.layout.margin.b -= SLIDER
+    figure.layout.height, figure.layout.sliders, figure.layout.updatemenus = height, (), ()
+    return figure

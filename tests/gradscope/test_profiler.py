@@ -22,7 +22,7 @@ from gradscope.locks import sole_writer
 from gradscope.profiler import expected_work
 from gradscope.task import numbered_checkpoints
 from gradscope.tasks import PretrainTask
-from schedulers import Schedule
+from schedulers import CRITERIA, Schedule
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
 
 OPTIONS = ProfileOptions(samples=40, allocation="fixed", seed=3)
@@ -376,9 +376,15 @@ def test_more_samples_for_some_strategies_leave_the_others_as_they_are(folder: P
     assert (summary.measured, summary.reused) == (2, 16)
     mask = rows_of(after.dataset, ONLY) & (after["progress"] == 0.5)
     assert (after["n_samples"] == xr.where(mask, 64, 40)).all()
-    for name in ("bias_sq", "variance_se", "moment_cov", "descent", "cell_key"):
+    for name in ("bias_sq", "variance_se", "moment_cov", "norm_sq_ref", "cell_key"):
         xr.testing.assert_identical(after[name].where(~mask), before[name].where(~mask))
         xr.testing.assert_identical(after[name].where(mask), fresh[name].where(mask))
+    for metric in after["metric"].values:  # cells of one progress share a denominator, however many samples they have
+        seen = profile_of(after.dataset, metric=str(metric))
+        for criterion in CRITERIA:
+            stored = [after[f"{criterion.replace('-', '_')}{part}"].sel(metric=metric) for part in ("", "_se")]
+            for told, values in zip(seen.scores(criterion, seen.progress), stored, strict=True):
+                np.testing.assert_array_equal(told.reshape(values.shape), values)
     assert json.loads(after.attrs["races_json"]) == {}
     fewer = dataclasses.replace(more, samples=48)
     assert profile(LineTask(), folder, out, options=fewer)[1].units == 0

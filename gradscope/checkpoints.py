@@ -15,6 +15,7 @@ from gradscope.files import write_atomically
 from gradscope.task import Checkpoint
 
 FORMAT = 1
+RESUME_FILE = "resume.pt"  # where a run that was stopped between checkpoints of progress stands
 REQUIRED = (
     "format",
     "config",
@@ -77,7 +78,7 @@ def list_steps(folder: Path) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files that a killed run left in its folder."""
-    written = r"(step-\d+\.pt|resume\.pt|log\.jsonl|config\.toml|\.log\.jsonl\.probe)"
+    written = r"(step-\d+\.pt|resume\.pt|log\.jsonl|config\.toml|schedule\.json|\.log\.jsonl\.probe)"
     for path in folder.glob(".*") if folder.is_dir() else ():
         if re.fullmatch(rf"\.{written}\.\d+\.tmp|\.log\.jsonl\.probe", path.name):
             path.unlink(missing_ok=True)

@@ -110,7 +110,9 @@ def run_demo(
         with Progress(title, quiet=quiet) as progress:
             return train(setting, schedule, out / name, device=device, report=progress.update)
 
-    pilot = trained(PILOT, "1/4 pilot", mixed_schedule(strategies, [setting.cost(s) for s in strategies]))
+    mixed = mixed_schedule(strategies, [setting.cost(s) for s in strategies])
+    reference = constant_schedule(config.reference, setting.cost(config.reference))
+    pilot = trained(PILOT, "1/4 pilot", mixed)
     with Progress("2/4 profile", quiet=quiet) as progress:
         tree, _ = profile(
             PretrainTask(setting, device=device),
@@ -121,7 +123,7 @@ def run_demo(
         )
     schedule = _schedule(tree, budget, out)
     optimized = trained(OPTIMIZED, "3/4 optimized", schedule)
-    plain = trained(PLAIN, "4/4 none", constant_schedule(config.reference, setting.cost(config.reference)))
+    plain = trained(PLAIN, "4/4 none", reference)
 
     results = {"no acceleration": plain, "mixed pilot": pilot, "optimized schedule": optimized}
     rows = tuple(DemoRow(name, budget, r.samples, r.seconds, _known(r.accuracy)) for name, r in results.items())
@@ -132,6 +134,7 @@ def run_demo(
         cube=tree,
         schedule=schedule,
         runs={name: read_log(r.out) for name, r in results.items()},
+        followed={"mixed pilot": mixed, "optimized schedule": schedule, "no acceleration": reference},
         title="gradscope demo: MoCo-v3 on Fashion-MNIST",
     )
     write_text(out / "results.json", json.dumps(result.facts(), indent=2) + "\n")

@@ -13,12 +13,13 @@ from torch import nn
 from gradscope.adaptive import AdaptiveController
 from gradscope.config import Setting
 from gradscope.errors import CheckpointError, InfeasibleError, UsageError
+from gradscope.files import write_text
 from gradscope.ranks import Ranks
+from gradscope.runlog import SCHEDULE_FILE
 from gradscope.tasks import TrainingTask
 from schedulers import AdaptiveRule, Schedule, Strategy, format_count, save_schedule
 
 CUBE_FILE = "cube.nc"
-SCHEDULE_FILE = "schedule.json"
 
 
 class Plan(Protocol):
@@ -51,6 +52,10 @@ class Plan(Protocol):
 
     def load(self, content: Mapping[str, Any], path: Path) -> None:
         """Take up its part of a checkpoint. Raises CheckpointError for another plan's."""
+        ...
+
+    def begin(self, out: Path) -> None:
+        """Write what belongs beside a run from its start, on the first rank."""
         ...
 
     def finish(self, out: Path) -> None:
@@ -104,6 +109,10 @@ class OfflinePlan:
     def load(self, content: Mapping[str, Any], path: Path) -> None:
         if "online" in content or Schedule.from_json(content["schedule"]).stages != self.schedule.stages:
             raise CheckpointError(f"{path.parent}: holds a run with another schedule; choose another --out")
+
+    def begin(self, out: Path) -> None:
+        if not (out / SCHEDULE_FILE).exists():  # never over one that its user keeps there
+            write_text(out / SCHEDULE_FILE, self.schedule.to_json())
 
     def finish(self, out: Path) -> None:
         return
@@ -190,6 +199,9 @@ class OnlinePlan:
         except UsageError as error:
             raise CheckpointError(f"{path.parent}: {error}, or choose another --out") from error
         self._told = len(self.controller.probes)
+
+    def begin(self, out: Path) -> None:
+        return
 
     def finish(self, out: Path) -> None:
         self.controller.write_cube()

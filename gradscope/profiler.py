@@ -17,6 +17,7 @@ from pathlib import Path
 
 import xarray as xr
 
+from gradscope.checkpoints import RESUME_FILE
 from gradscope.checks import check_progress, check_repeatable
 from gradscope.cube import open_cube
 from gradscope.engines import SubBatchEngine
@@ -29,7 +30,8 @@ from gradscope.profile_plan import Job, Plan
 from gradscope.races import Entry
 from gradscope.ranks import ALONE, Ranks
 from gradscope.signals import StopFlag
-from gradscope.task import Checkpoint, Task
+from gradscope.task import Checkpoint, Task, numberless
+from schedulers import format_count
 
 Report = Callable[[float, str], None]  # (fraction of the work done, one line of news)
 
@@ -56,21 +58,27 @@ def profile(
     report: Report | None = None,
     ranks: Ranks = ALONE,
     command: str = "",
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[xr.DataTree, ProfileSummary]:
     """Measure every cell of the task's grid at every checkpoint of `folder` into the cube file `out`.
 
     Cells that `out` already holds, measured in the same way, are kept; `overwrite` starts anew. A cell whose
     loss fails or is not finite is marked failed and the profile goes on. With several `ranks` each works on its
     own sub-batches; only the first one reads and writes `out`, and only its cube is complete. `command`: the command
-    line to remember in the cube (attribute `profile_command`), "" keeps what `out` remembers. Raises
-    CheckpointError, TaskError, CubeError when `out` is another profile's, UsageError for options out of range,
-    Interrupted on a signal, BusyError while another process writes `out`, RankError when another rank is gone.
+    line to remember in the cube (attribute `profile_command`), "" keeps what `out` remembers. `tell` gets a line on
+    what is going to be measured and what it can cost, before that is spent. Raises CheckpointError, TaskError,
+    CubeError when `out` is another profile's, UsageError for options out of range, Interrupted on a signal, BusyError
+    while another process writes `out`, RankError when another rank is gone.
     """
     options = options or ProfileOptions()
     checkpoints = task.checkpoints(folder)
     nothing: Report = lambda fraction, text: None  # noqa: E731
     with sole_writer(out) if ranks.first else nullcontext():
-        return _Profile(task, folder, checkpoints, out, options, overwrite, report or nothing, ranks, command).run()
+        planned = _Profile(task, folder, checkpoints, out, options, overwrite, report or nothing, ranks, command)
+        if tell is not None and ranks.first:
+            for line in planned.news():
+                tell(line)
+        return planned.run()
 
 
 def expected_work(
@@ -83,6 +91,12 @@ def expected_work(
     nothing: Report = lambda fraction, text: None  # noqa: E731
     planned = _Profile(task, folder, task.checkpoints(folder), out, options, overwrite, nothing, ALONE)
     return planned.plan.expected_work(planned.chosen)
+
+
+def told_units(least: float, most: float) -> str:
+    """`30K to 1.2M units`, `about 30K units` where racing saves nothing."""
+    span = f"{format_count(least)} to {format_count(most)}" if least < most else f"about {format_count(most)}"
+    return f"{span} units"
 
 
 class _Profile:
@@ -101,6 +115,7 @@ class _Profile:
         command: str = "",
     ) -> None:
         self.task, self.checkpoints, self.out, self.options, self.report = task, checkpoints, out, options, report
+        self.folder = folder
         self.ranks = ranks
         self.batch_size = task.batch_size if options.batch_size is None else options.batch_size
         self.rule = options.rule(self.batch_size)
@@ -126,6 +141,18 @@ class _Profile:
                     self.conditions = replace(self.conditions, estimator=engine)
                     self.engine_source = f"as in the cells that {out} holds"
         self.conditions = ranks.gather(self.conditions)[0]
+
+    def news(self) -> list[str]:
+        """What is going to be measured, and which files are not read."""
+        cells, least, most = self.plan.expected_work(self.chosen)
+        there, news = self.cells.done_count, list[str]()
+        taken = {checkpoint.path.name for checkpoint in self.checkpoints}
+        if left := [name for name in numberless(self.folder) if name not in (*taken, RESUME_FILE)]:
+            news.append(f"{self.folder}: left out, as there is no number in their names: {', '.join(left)}")
+        if cells:
+            further = f"; {there:,} are there, of which some get more samples" if there else ""
+            news.append(f"{cells:,} cells to measure for {told_units(least, most)}{further}")
+        return news
 
     def run(self) -> tuple[xr.DataTree, ProfileSummary]:
         """Measure what is wanted and not there; written at most every SAVE_SECONDS and however the loop ends."""

@@ -36,6 +36,7 @@ def build_report(
     cube: xr.DataTree | xr.Dataset | None = None,
     schedule: Schedule | None = None,
     runs: Mapping[str, Sequence[Row]] | None = None,
+    followed: Mapping[str, Schedule] | None = None,
     table: Sequence[Mapping[str, str | float]] | None = None,
     title: str = "gradscope report",
     refresh: float | None = None,
@@ -46,6 +47,7 @@ def build_report(
         cube: profile; its best strategies, uncertainties, heat maps and provenance.
         schedule: its stages, marked in the heat maps too (at the progress they are predicted for).
         runs: training logs by name (rows as `plot_training` takes them).
+        followed: schedules that runs followed, by the runs' names, where known; told beside `schedule`.
         table: results of runs, a row each; columns are the keys in order of first appearance. By default what
             each of `runs` spent and reached.
         title: heading and name of the page.
@@ -63,7 +65,7 @@ def build_report(
         raise UsageError("report: nothing to show; give a cube, a schedule, training runs or a table of results")
     from gradscope import plots
 
-    table = table or tables.results_of(runs or {})
+    table = table or tables.results_of(runs or {}, followed or {}, schedule)
     shown = Shown.of(cube, schedule) if cube is not None else None
     facts = report_facts(shown, schedule, table)
     figures = _Figures()
@@ -100,10 +102,11 @@ def facts_of(
     cube: xr.DataTree | xr.Dataset | None = None,
     schedule: Schedule | None = None,
     runs: Mapping[str, Sequence[Row]] | None = None,
+    followed: Mapping[str, Schedule] | None = None,
 ) -> Facts:
     """What a report of these parts says first, as JSON values: see `report_facts`. Arguments as of `build_report`."""
     shown = Shown.of(cube, schedule) if cube is not None else None
-    return report_facts(shown, schedule, tables.results_of(runs or {}))
+    return report_facts(shown, schedule, tables.results_of(runs or {}, followed or {}, schedule))
 
 
 def write_report(path: str | os.PathLike[str], **parts: Any) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Facts = dict[str, Any]
 
+THIS = "the one shown"  # what a run followed that followed the schedule of the report
 SURE = 0.95  # probability of a stage's strategy from which on it counts as decided
 
 
@@ -82,14 +83,17 @@ def report_facts(
     criterion (None where there is none), those `as_good` within two standard errors, and whether it is `decided`: False
     where others are as good, None where only one was measured or standard errors are not known. `gain` is the ratio of
     its score to the reference's, None where two standard errors do not tell the two, or one of them and zero, apart.
-    `schedule`: what its budget pays for and what is predicted of it. `uncertain`: counts of what is not settled.
-    `results`: `table`.
+    `schedule`: what its budget pays for and what is predicted of it; `unlike_best`: in how many stages it runs another
+    strategy than the best of the nearest point measured, None where its stages have no progress in this cube.
+    `uncertain`: counts of what is not settled. `results`: `table`.
     """
     facts: Facts = {}
     if shown:
         facts |= {"profile": _profile(shown), "best": _best(shown)}
     if schedule:
         facts["schedule"] = _schedule(schedule, shown)
+        if shown:
+            facts["schedule"]["unlike_best"] = _unlike_best(schedule, shown, facts["best"])
     if shown:
         facts["uncertain"] = _uncertain(shown, facts["best"], schedule)
     if table:
@@ -154,6 +158,24 @@ def _schedule(schedule: Schedule, shown: Shown | None) -> Facts:
     }
     sure = [stage.probability for stage in schedule.stages if stage.probability is not None]
     return facts | {"unsure_stages": sum(p < SURE for p in sure)}
+
+
+def _unlike_best(schedule: Schedule, shown: Shown, best: Sequence[Facts | None]) -> int | None:
+    from gradscope.cube import digest_of
+
+    if (schedule.criterion, schedule.metric, schedule.cube_digest) != (
+        shown.criterion, shown.metric, digest_of(shown.dataset),
+    ):  # fmt: skip
+        return None
+    count = 0
+    for stage in schedule.stages:
+        span = stage.progress or ((stage.start, stage.end) if schedule.progress_mode == "fraction" else None)
+        if span is None:
+            return None
+        near = best[int(np.abs(shown.view.progress - sum(span) / 2).argmin())]
+        most = max(stage.mixture, key=lambda entry: entry[1])[0]
+        count += near is not None and near["strategy"] != str(most)
+    return count
 
 
 def times_the_samples(schedule: Schedule, view: CubeView | None) -> float | None:

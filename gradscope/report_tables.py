@@ -25,7 +25,7 @@ from gradscope.plots._view import (
     read_view,
     untrained_strategies,
 )
-from gradscope.report_facts import times_the_samples
+from gradscope.report_facts import THIS, times_the_samples
 from schedulers.counts import format_count
 
 if TYPE_CHECKING:
@@ -264,8 +264,15 @@ def _disagreements(cube: xr.Dataset, view: CubeView) -> list[str]:
     return [f"The criteria ({names}) prefer different strategies at progress {', '.join(points)}."]
 
 
-def results_of(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, str]]:
-    """A line of results for each training log: what it spent and the last accuracy it reached."""
+def results_of(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    followed: Mapping[str, Schedule] | None = None,
+    schedule: Schedule | None = None,
+) -> list[dict[str, str]]:
+    """A line of results for each training log: what it spent and the last accuracy it reached.
+
+    With `followed`, the runs' own schedules where known, also what that was, seen from the `schedule` shown.
+    """
     lines = []
     for name, rows in runs.items():
         last = next((row for row in reversed(rows) if {"units", "samples", "seconds"} <= row.keys()), None)
@@ -275,6 +282,7 @@ def results_of(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str
         lines.append(
             {
                 "run": name,
+                **({"schedule": _followed(followed.get(name), schedule)} if followed else {}),
                 "units spent": format_count(last["units"]) if last["units"] else "0",
                 "samples": f"{last['samples']:,}",
                 "seconds": f"{last['seconds']:.0f}",
@@ -282,6 +290,18 @@ def results_of(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str
             }
         )
     return lines
+
+
+def _followed(own: Schedule | None, shown: Schedule | None) -> str:
+    """What a run followed: `THIS`, its strategy where it had one, or how many stages it had; "" where not known."""
+    if own is None:
+        return ""
+    if shown is not None and own.same_stages(shown):
+        return THIS
+    if len(own.stages) == 1:
+        entries = [strategy for strategy, weight in own.stages[0].mixture if weight > 0]
+        return str(entries[0]) if len(entries) == 1 else f"mixed from {len(entries)} strategies"
+    return f"{'one' if shown is None else 'another'} of {len(own.stages)} stages"
 
 
 def results_table(rows: Sequence[Mapping[str, str | float]]) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from gradscope.plots._theme import number, with_error
-from gradscope.report_facts import SURE, Facts
+from gradscope.report_facts import SURE, THIS, Facts
 from schedulers.counts import format_count
 
 _SPELLED = 4  # changes of the best strategy that are told one by one
@@ -20,6 +20,8 @@ def sentences(facts: Facts) -> list[str]:
         said += _said_best(facts["profile"], facts["best"]) + _said_sure(facts)
     if "schedule" in facts:
         said += _said_schedule(facts["schedule"])
+    if "results" in facts:
+        said += _said_results(facts)
     if "uncertain" in facts:
         said += _said_uncertain(facts)
     return said
@@ -37,15 +39,16 @@ def _said_best(profile: Facts, best: Sequence[Facts | None]) -> list[str]:
         for strategy, group in itertools.groupby(best, key=lambda one: one["strategy"] if one else None)
         if strategy is not None
     ]
+    what = "best estimate" if all(one["decided"] is False for one in found) else "best strategy"
     if len(spans) == 1:
         where = f"at every point measured, progress {_range(spans[0][1])}" if len(found) > 1 else _at(spans[0][1])
-        said = f"{by} the best strategy is {_text(spans[0][0])} {where}."
+        said = f"{by} the {what} is {_text(spans[0][0])} {where}."
     elif len(spans) <= _SPELLED:
-        said = f"{by} the best strategy is " + ", then ".join(f"{_text(s)} ({_at(ps)})" for s, ps in spans) + "."
+        said = f"{by} the {what} is " + ", then ".join(f"{_text(s)} ({_at(ps)})" for s, ps in spans) + "."
     else:
         first, last = spans[0][0], spans[-1][0]
         said = (
-            f"{by} the best strategy goes from {_text(first)} at the beginning to {_text(last)} at the end, "
+            f"{by} the {what} goes from {_text(first)} at the beginning to {_text(last)} at the end, "
             f"with {len(spans) - 1} changes."
         )
     return [f"{said} {_said_gain(profile, found)}".strip()]
@@ -83,6 +86,31 @@ def _said_schedule(schedule: Facts) -> list[str]:
             f"In {_count(schedule['unsure_stages'], 'stage')} of {len(schedule['stages'])} its strategy is best with "
             f"less than {SURE:.0%} probability."
         )
+    if schedule.get("unlike_best"):
+        lines.append(
+            f"In {_count(schedule['unlike_best'], 'stage')} of {len(schedule['stages'])} it runs another strategy than "
+            "the best at the nearest point measured: a stage serves a stretch of training and keeps the constraints."
+        )
+    return lines
+
+
+def _said_results(facts: Facts) -> list[str]:
+    """Accuracies, the best first; which of the runs followed the schedule shown."""
+    rows = [row for row in facts["results"] if isinstance(row.get("kNN accuracy"), str) and row["kNN accuracy"]]
+    rows.sort(key=lambda row: -float(row["kNN accuracy"].rstrip("%")))
+    if not rows:
+        return []
+
+    def told(row: Facts) -> str:
+        schedule = row.get("schedule", "")
+        under = f", {'this schedule' if schedule == THIS else schedule}" if schedule else ""
+        return f"{row['kNN accuracy']} by {row['run']} ({row['units spent']} units{under})"
+
+    more = f", and {len(rows) - _SPELLED} more below" if len(rows) > _SPELLED else ""
+    lines = [f"Measured kNN accuracy: {', '.join(map(told, rows[:_SPELLED]))}{more}."]
+    known = [row["schedule"] for row in facts["results"] if row.get("schedule")]
+    if "schedule" in facts and known and THIS not in known:
+        lines.append("No run shown has followed the schedule shown.")
     return lines
 
 

@@ -12,6 +12,7 @@ from gradscope.files import write_text
 
 COUNTED = ("step", "units", "samples", "seconds")  # what rows have as numbers
 LOG_FILE = "log.jsonl"
+SCHEDULE_FILE = "schedule.json"  # what a run follows, or ran, beside its log
 SCALARS = ("loss", "lr", "accuracy", "samples_per_second", "units")
 
 

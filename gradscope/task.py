@@ -146,9 +146,16 @@ def task_digest(task: Task) -> str:
     return _short_digest(json.dumps(fixed, sort_keys=True))
 
 
-def numbered_checkpoints(
-    folder: Path, patterns: Sequence[str] = ("*.pt", "*.pth", "*.ckpt", "*.safetensors")
-) -> list[Checkpoint]:
+PATTERNS = ("*.pt", "*.pth", "*.ckpt", "*.safetensors")
+
+
+def numberless(folder: Path) -> list[str]:
+    """Names of the checkpoint files that `numbered_checkpoints` leaves out: no number tells when they were written."""
+    names = {path.name for pattern in PATTERNS for path in folder.glob(pattern)}
+    return sorted(name for name in names if not re.search(r"\d", Path(name).stem))
+
+
+def numbered_checkpoints(folder: Path, patterns: Sequence[str] = PATTERNS) -> list[Checkpoint]:
     """Checkpoint files of a folder by the number in their name, progress being that number over the largest.
 
     The number after `step`, `epoch`, `iter` or `checkpoint` counts, else the last one. Raises CheckpointError
@@ -165,9 +172,10 @@ def numbered_checkpoints(
                 f"{folder}: {other.name} and {path.name} have the same number; override the task's `checkpoints`"
             )
     if not steps:
+        there = numberless(folder)
+        cure = f"{there[0]} has none: rename it" if there else f"train with --out {folder} first"
         raise CheckpointError(
-            f"{folder}: no checkpoint found ({', '.join(patterns)} with a number in the name); "
-            f"train with --out {folder} first"
+            f"{folder}: no checkpoint found ({', '.join(patterns)} with a number in the name); {cure}"
         )
     last = max(steps) or 1
     return [Checkpoint(path=steps[step], step=step, progress=step / last) for step in sorted(steps)]

@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 
-from gradscope.checkpoints import checkpoint_path, list_steps, load_checkpoint, remove_leftovers, save_checkpoint
+from gradscope.checkpoints import (
+    RESUME_FILE,
+    checkpoint_path,
+    list_steps,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
 from gradscope.config import Setting, config_of, open_setting
 from gradscope.data import Ahead, ImageData
 from gradscope.engines import derive_seed
@@ -38,7 +45,6 @@ SAVE_SECONDS = 60.0
 SAVE_SHARE = 50  # a save to resume from comes after at least so many times what the last one took
 NEIGHBOURS = 20  # of the accuracy in the log, as DINO's
 AHEAD = 2  # batches of a folder that are decoded while the model works
-RESUME_FILE = "resume.pt"
 CONFIG_FILE = "config.toml"
 Report = Callable[[float, str], None]  # (fraction of the budget, one line of news)
 
@@ -105,11 +111,12 @@ def train(
     """Train until the budget is spent to within one step; continue where `out` left off.
 
     `schedule`: what runs when, or the rule by which it is decided while training runs. Writes to `out`: `step-*.pt`
-    at `config.checkpoints` and at the end, `log.jsonl`, `config.toml`, `resume.pt` (removed at the end); of a run that
-    decides by itself `cube.nc`, what it measured, and `schedule.json`, what it ran. `ranks` each call this with the
-    same arguments; the first one writes. Raises InfeasibleError when the budget does not pay for one step,
+    at `config.checkpoints` and at the end, `log.jsonl`, `config.toml`, `schedule.json` (unless there is one already),
+    `resume.pt` (removed at the end); of a run that decides by itself `cube.nc`, what it measured, and `schedule.json`
+    at its end: what it ran. `ranks` each call this with the same arguments; the first one writes. `tell` gets what a
+    run decides by itself, in one line each. Raises InfeasibleError when the budget does not pay for one step,
     CheckpointError when `out` holds another run, BusyError while another process writes there, NonFiniteError when the
-    loss is, Interrupted on a signal, after saving. `tell` gets what a run decides by itself, in one line each.
+    loss is, Interrupted on a signal, after saving.
     """
     run = _Run(
         setting, schedule, out, device or torch.device("cpu"), report or (lambda fraction, text: None),
@@ -160,6 +167,7 @@ class _Run:
         if self.ranks.first:
             named = {"schedule": self.options.schedule_text} if self.options.schedule_text else {}
             write_text(self.out / CONFIG_FILE, self.config.to_toml(**named))
+            self.plan.begin(self.out)
         self.stepper.start(self.plan.strategies)
 
     @property

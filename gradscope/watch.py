@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.errors import GradscopeError, UsageError
-from gradscope.runlog import LOG_FILE, read_log
+from gradscope.runlog import LOG_FILE, SCHEDULE_FILE, read_log
 from gradscope.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Sources:
         return [path for path in named if not path.is_file()]
 
     def read(self, *, unfinished: bool = False) -> dict[str, Any]:
-        """Cube, schedule and runs, as `build_report` takes them.
+        """Cube, schedule, runs and the schedules that these followed, as `build_report` takes them.
 
         With `unfinished` files that are not there yet are left out. Raises as `open_cube`, `load_schedule` and
         `read_log` do.
@@ -65,10 +65,17 @@ class Sources:
         if unfinished:
             path = path if path and path.is_file() else None
             folders = [folder for folder in folders if (folder / LOG_FILE).is_file()]
+        named = _named(folders)
+        followed = {name: folder / SCHEDULE_FILE for name, folder in named.items()}
         return {
             "cube": None if unfinished and not self.cube.is_file() else open_cube(self.cube),
             "schedule": None if path is None else load_schedule(path),
-            "runs": {name: read_log(folder) for name, folder in _named(folders).items()},
+            "runs": {name: read_log(folder) for name, folder in named.items()},
+            "followed": {
+                name: load_schedule(file)
+                for name, file in followed.items()
+                if file.is_file() and not (path and path.is_file() and file.samefile(path))
+            },
         }
 
 

@@ -151,13 +151,34 @@ def criterion_se(
     batch_size: int,
     reference_cost: float,
 ) -> FloatArray:
-    """One standard error of a score by the delta method: √(∇ᵀ Σ ∇), ∇ by central differences.
+    """One standard error of a score by the delta method: √(∇ᵀ Σ ∇), ∇ as `criterion_gradient` finds it.
 
-    `covariance` has the shape of the moments and a trailing (5, 5) in the order of MOMENTS: the
-    covariance of the estimates, not of single samples. The criteria have a kink at 0 in bias_sq and
-    norm_sq and a flat point in inner; a moment within one standard error of 0 is therefore stepped by
-    a whole standard error (the slope that the estimate really meets) and every other by a thousandth
-    of one. The two agree where they meet. NaN where the score or an entry of the covariance is NaN.
+    `covariance` has the shape of the moments and a trailing (5, 5) in the order of MOMENTS: the covariance of the
+    estimates, not of single samples. NaN where the score or an entry of the covariance is NaN.
+    """
+    gradient = criterion_gradient(
+        criterion, moments, covariance, cost, beta=beta, batch_size=batch_size, reference_cost=reference_cost
+    )
+    square = np.einsum("...i,...ij,...j->...", gradient, np.asarray(covariance, dtype=np.float64), gradient)
+    return np.asarray(np.sqrt(np.maximum(square, 0)))
+
+
+def criterion_gradient(
+    criterion: str | Criterion,
+    moments: Moments,
+    covariance: ArrayLike,
+    cost: ArrayLike,
+    *,
+    beta: float,
+    batch_size: int,
+    reference_cost: float,
+) -> FloatArray:
+    """Derivatives of a score by the moments, (..., 5) in the order of MOMENTS, by central differences.
+
+    The criteria have a kink at 0 in bias_sq and norm_sq and a flat point in inner; a moment within one standard error
+    of 0 is therefore stepped by a whole standard error (the slope that the estimate really meets) and every other by a
+    thousandth of one. The two agree where they meet. NaN where the score is NaN. Raises UsageError for a `covariance`
+    of another shape than `criterion_se` takes.
     """
     chosen = get_criterion(criterion)
     sigma = np.asarray(covariance, dtype=np.float64)
@@ -167,7 +188,6 @@ def criterion_se(
     def score(values: Moments) -> FloatArray:
         return chosen.score(values, cost, beta=beta, batch_size=batch_size, reference_cost=reference_cost)
 
-    base = score(moments)
     gradient = np.zeros((*moments.shape, len(MOMENTS)))
     for i, name in enumerate(MOMENTS):
         value = getattr(moments, name)
@@ -180,8 +200,7 @@ def criterion_se(
         width = up - down
         moved = score(_with(moments, name, up)) - score(_with(moments, name, down))
         gradient[..., i] = np.where(width > 0, moved / np.where(width > 0, width, 1), 0)
-    square = np.einsum("...i,...ij,...j->...", gradient, sigma, gradient)
-    return np.where(np.isnan(base), np.nan, np.sqrt(np.maximum(square, 0)))
+    return np.where(np.isnan(score(moments))[..., None], np.nan, gradient)
 
 
 def _with(moments: Moments, name: str, value: FloatArray) -> Moments:

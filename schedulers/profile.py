@@ -13,7 +13,16 @@ from numbers import Real
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from schedulers.criteria import MOMENTS, Criterion, FloatArray, Moments, criterion_se, get_criterion, readable
+from schedulers.criteria import (
+    MOMENTS,
+    Criterion,
+    FloatArray,
+    Moments,
+    criterion_gradient,
+    criterion_se,
+    get_criterion,
+    readable,
+)
 from schedulers.errors import ScheduleError, UsageError
 from schedulers.schedule import Schedule, Stage
 from schedulers.strategy import Grid
@@ -170,6 +179,21 @@ class Profile:
             chosen, moments, self.covariance, self.cost, beta=self.beta, batch_size=batch, reference_cost=ref
         )
         return score, interpolate(self.progress, se, progress_points)
+
+    def score_influence(self, criterion: str | Criterion) -> FloatArray | None:
+        """Influence (T, C, R) of the sub-batches on the scores at the profiled points, by the delta method.
+
+        The root of the sum over R of the squared difference of two strategies' is one standard error of the difference
+        of their scores: of paired measurements, in which what common images err by together cancels. None without
+        `influence` or a covariance; NaN where a score is.
+        """
+        if self.influence is None or self.covariance is None:
+            return None
+        gradient = criterion_gradient(
+            criterion, readable(self.moments, self.covariance), self.covariance, self.cost, beta=self.beta,
+            batch_size=self.batch_size, reference_cost=self.reference_cost,
+        )  # fmt: skip
+        return np.asarray(np.einsum("tci,tcir->tcr", gradient, self.influence))
 
     def without_losers_luck(self, criterion: Criterion, score: FloatArray) -> FloatArray:
         """Scores (..., T, C) in which every strategy that left a race is worse than the best one that did not.

@@ -90,6 +90,11 @@ class Schedule:
         """
         return (stage.end - stage.start) * self._known_budget() / stage.cost
 
+    def same_stages(self, other: Schedule) -> bool:
+        """Whether both run the same mixtures in the same parts of the budget, whatever is predicted of them."""
+        ours, theirs = ([(s.start, s.end, dict(s.mixture)) for s in one.stages] for one in (self, other))
+        return ours == theirs
+
     @property
     def total_samples(self) -> float:
         """Samples of the whole schedule, Σ (end − start) · budget / cost, in fractions of a sample.

@@ -26,9 +26,8 @@ import torch
 
 from benchmarks.machine import device_text
 from benchmarks.summary import Row, table
-from gradscope.checkpoints import list_checkpoints, list_steps, load_checkpoint
+from gradscope.checkpoints import RESUME_FILE, list_checkpoints, list_steps, load_checkpoint
 from gradscope.files import write_text
-from gradscope.trainer import RESUME_FILE
 
 FOLDER = Path(__file__).parent / "results"
 COMMAND = "python -m benchmarks.training.kill"

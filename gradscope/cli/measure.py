@@ -147,7 +147,7 @@ def profile(
     from dataclasses import replace
 
     from gradscope.profile_options import ProfileOptions
-    from gradscope.profiler import expected_work
+    from gradscope.profiler import expected_work, told_units
     from gradscope.profiler import profile as run
     from gradscope.progress import Progress
     from gradscope.ranks import open_ranks
@@ -174,12 +174,11 @@ def profile(
             return
         if dry_run:
             cells, least, most = expected_work(measured, ckpt_dir, out, options, overwrite)
-            about = f"{format_count(least)} to {format_count(most)}" if least < most else f"about {format_count(most)}"
             emit(
                 {"cells": cells, "strategies": len(measured.grid), "units": most, "units_least": least},
                 [
                     f"{cells} cells to measure on a grid of {len(measured.grid)} strategies, "
-                    f"{f'{about} units besides the set-up' if cells else 'nothing to do'}"
+                    f"{f'{told_units(least, most)} besides the set-up' if cells else 'nothing to do'}"
                 ],
                 as_json=as_json,
             )
@@ -196,7 +195,7 @@ def profile(
         with Progress("profile", quiet=quiet or as_json or not ranks.first) as progress:
             tree, summary = run(
                 measured, ckpt_dir, out, options=options, overwrite=overwrite, report=progress.update, ranks=ranks,
-                command=command,
+                command=command, tell=None if quiet or as_json else note,
             )  # fmt: skip
     if not ranks.first:
         return

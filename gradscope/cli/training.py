@@ -165,8 +165,7 @@ def train(
 
 def _online_facts(out: Path) -> dict[str, Any]:
     """What an online run decided, and what that took: units and seconds of its probes, and its stages."""
-    from gradscope.plans import SCHEDULE_FILE
-    from gradscope.runlog import read_log
+    from gradscope.runlog import SCHEDULE_FILE, read_log
     from schedulers import load_schedule
 
     schedule, probes = load_schedule(out / SCHEDULE_FILE), [row for row in read_log(out) if "probe" in row]

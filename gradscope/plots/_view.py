@@ -199,18 +199,40 @@ def best_strategies(view: CubeView, shown: Variable) -> list[Best | None]:
     """The best strategy at each progress over the whole grid; None where nothing is measured or neither end is better.
 
     Where strategies raced by this variable, the best is one that was left: others stopped at what few samples said.
-    A rival is a strategy whose value lies within two standard errors of the difference, taken as
-    sqrt(se² + se_best²): the errors are those of paired measurements, so this errs towards naming too many.
+    A rival is a strategy whose value lies within two standard errors of the difference: that of paired measurements
+    where the variable is a criterion and the cube has the influence of its sub-batches (as `optimize` judges), else
+    sqrt(se² + se_best²), which errs towards naming too many.
     """
     from gradscope.cube import contenders_of, variable_name  # only here: importing the plots stays cheap
 
     values, errors = view.values(shown.name), view.errors(shown.name)
     raced = {variable_name(name): left for name, left in contenders_of(view.dataset, view.metric).items()}
     left = raced[shown.name].reshape(values.shape) if shown.name in raced else np.ones(values.shape, dtype=bool)
-    return [_best(view, values[t], errors[t], left[t], shown.better) for t in range(len(view.progress))]
+    influence = _score_influence(view, shown)
+    return [
+        _best(view, values[t], errors[t], left[t], shown.better, None if influence is None else influence[t])
+        for t in range(len(view.progress))
+    ]
 
 
-def _best(view: CubeView, values: Floats, errors: Floats, left: NDArray[np.bool_], better: Better) -> Best | None:
+def _score_influence(view: CubeView, shown: Variable) -> Floats | None:
+    """The influence (T, *grid.shape, R) of every sub-batch on a criterion, None where it is not known."""
+    from gradscope.cube import profile_of
+
+    if not shown.is_criterion or "influence" not in view.dataset:
+        return None
+    found = profile_of(view.dataset, metric=view.metric).score_influence(shown.short)
+    return None if found is None else found.reshape(len(view.progress), *view.grid.shape, -1)
+
+
+def _best(
+    view: CubeView,
+    values: Floats,
+    errors: Floats,
+    left: NDArray[np.bool_],
+    better: Better,
+    influence: Floats | None,
+) -> Best | None:
     if not better or bool(np.isnan(values).all()):
         return None
     among = np.where(left, values, np.nan) if bool((left & ~np.isnan(values)).any()) else values
@@ -218,7 +240,11 @@ def _best(view: CubeView, values: Floats, errors: Floats, left: NDArray[np.bool_
     position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
     winner = Candidate(view.strategy(position), float(values[position]), float(errors[position]))
     distance = np.abs(values - winner.value)
-    near = distance <= 2 * np.hypot(np.nan_to_num(errors), np.nan_to_num(winner.error))
+    if influence is None:
+        apart = np.hypot(np.nan_to_num(errors), np.nan_to_num(winner.error))
+    else:
+        apart = np.sqrt(np.sum((influence - influence[position]) ** 2, axis=-1))
+    near = distance <= 2 * np.nan_to_num(apart)
     others = [tuple(int(i) for i in index) for index in np.argwhere(near) if tuple(index) != position]
     others.sort(key=lambda index: float(distance[index]))
     rivals = tuple(Candidate(view.strategy(i), float(values[i]), float(errors[i])) for i in others)

@@ -17,6 +17,7 @@ from gradscope.cube import DONE, groups_of
 from gradscope.engines import derive_seed
 from gradscope.errors import CubeError
 from gradscope.influence import common_replicates, folded, influence_of
+from gradscope.plots._view import best_strategies, read_view, variable
 from schedulers import MOMENTS
 from tests.gradscope.tasks_for_tests import FailingTask, LineTask, make_checkpoints
 
@@ -231,3 +232,30 @@ def test_damaged_words_about_the_training_are_named(folder: Path, tmp_path: Path
     cube.attrs["training_json"] = training
     with pytest.raises(CubeError, match=f"training_json.*{message}"):
         profile_of(cube)
+
+
+def test_rivals_are_told_by_what_measurements_on_the_same_images_share(folder: Path, tmp_path: Path) -> None:
+    tree, _ = profile(LineTask(), folder, tmp_path / "cube.nc", options=OPTIONS)
+    view, shown = read_view(tree, metric="euclidean"), variable(tree, "descent")
+    seen = profile_of(tree.dataset, metric="euclidean")
+    psi_TCR = seen.score_influence("descent")
+    scores_TC, errors_TC = seen.scores("descent", seen.progress)
+    assert psi_TCR is not None
+    assert_allclose(np.sqrt((psi_TCR**2).sum(-1)), errors_TC, rtol=1e-4)
+    fewer = 0
+    for t, best in enumerate(best_strategies(view, shown)):
+        assert best is not None
+        first = int(np.nanargmax(scores_TC[t]))
+        apart_C = np.sqrt(((psi_TCR[t] - psi_TCR[t, first]) ** 2).sum(-1))
+        near = set(np.flatnonzero(scores_TC[t, first] - scores_TC[t] <= 2 * apart_C)) - {first}
+        names = [str(strategy) for strategy in seen.grid.strategies()]
+        assert str(best.winner.strategy) == names[first]
+        assert {str(rival.strategy) for rival in best.rivals} == {names[c] for c in near}
+        alone = set(
+            np.flatnonzero(scores_TC[t, first] - scores_TC[t] <= 2 * np.hypot(errors_TC[t], errors_TC[t, first]))
+        )
+        fewer += len(near) < len(alone - {first})
+    assert fewer  # paired measurements tell more apart
+    old = without_influence(tree, tmp_path / "old.nc")
+    assert profile_of(old.dataset, metric="euclidean").score_influence("descent") is None
+    assert all(best_strategies(read_view(old, metric="euclidean"), shown))

@@ -19,7 +19,7 @@ from gradscope.report import build_report, facts_of, write_report
 from gradscope.report_tables import results_of
 from gradscope.report_words import sentences
 from schedulers.errors import UsageError
-from schedulers.schedule import Schedule, Stage
+from schedulers.schedule import Schedule, Stage, constant_schedule, mixed_schedule
 from schedulers.strategy import Strategy
 from tests.gradscope.cube_samples import sample_cube, sample_runs, sample_schedule, tree_of
 
@@ -141,7 +141,7 @@ def test_the_page_begins_with_the_facts_in_a_few_sentences(parts: dict[str, Any]
     shown = {name: parts[name] for name in ("cube", "schedule", "runs")}
     said = sentences(facts_of(**shown))
     assert page.text.index(said[0]) < page.text.index(said[1]) < page.text.index("The cube holds 9 strategies")
-    assert said[0].startswith("By descent (optimizer metric) the best strategy is patch 4, dropout 0.25")
+    assert said[0].startswith("By descent (optimizer metric) the best estimate is patch 4, dropout 0.25")
     assert said[1].startswith("At 5 of 5 points other strategies are within two standard errors of the best")
     assert "4M units pay for 6.603M samples, 6.6 times as many as the reference alone." in said[2]
     assert "Of 45 cells 1 failed and 2 are not measured yet." in said
@@ -422,3 +422,41 @@ def test_results_come_from_the_logs_where_no_table_is_given() -> None:
     assert results_of({"a": rows, "empty": []}) == [
         {"run": "a", "units spent": "1.5K", "samples": "2,000", "seconds": "12", "kNN accuracy": "50.0%"}
     ]
+
+
+def test_runs_of_another_schedule_are_told_from_those_of_the_one_shown(cube: xr.Dataset) -> None:
+    shown, rows = sample_schedule(cube), [{"units": 1500.0, "samples": 2000, "seconds": 12.4, "accuracy": 0.5}]
+    reference, other = Strategy(patch=2, dropout=0), Strategy(patch=7, dropout=0)
+    stages = tuple(dataclasses.replace(stage, score=None) for stage in shown.stages)
+    followed = {
+        "a": dataclasses.replace(shown, stages=stages, budget=1500.0),
+        "b": constant_schedule(reference, 4.0),
+        "c": mixed_schedule([reference, other], [4.0, 1.4]),
+        "d": dataclasses.replace(shown, stages=(dataclasses.replace(shown.stages[0], end=1.0),)),
+        "e": Schedule((dataclasses.replace(stages[0], end=0.5), dataclasses.replace(stages[1], start=0.5, end=1.0))),
+    }
+    runs = {name: rows for name in (*followed, "f")}
+    told = [row["schedule"] for row in results_of(runs, followed, shown)]
+    first = str(shown.stages[0].strategy)
+    assert told == ["the one shown", str(reference), "mixed from 2 strategies", first, "another of 2 stages", ""]
+    said = sentences(facts_of(cube=cube, schedule=shown, runs=runs, followed=followed))
+    (measured,) = [line for line in said if line.startswith("Measured")]
+    assert measured.startswith(
+        "Measured kNN accuracy: 50.0% by a (1.5K units, this schedule), 50.0% by b (1.5K units, "
+    )
+    assert measured.endswith("and 2 more below.") and "No run shown" not in " ".join(said)
+    del followed["a"]
+    said = sentences(facts_of(cube=cube, schedule=shown, runs=runs, followed=followed))
+    assert "No run shown has followed the schedule shown." in said
+
+
+def test_stages_that_differ_from_the_best_are_counted(cube: xr.Dataset) -> None:
+    shown = sample_schedule(cube)
+    nowhere = dataclasses.replace(shown, progress_mode="trajectory")  # and its stages tell no progress
+    assert facts_of(cube=cube, schedule=nowhere)["schedule"]["unlike_best"] is None
+    best = [one["strategy"] for one in facts_of(cube=cube)["best"]]
+    near = {0: 0, 1: 2, 2: 3}  # stages by fraction: [0, .25), [.25, .7), [.7, 1] beside progress 0, .5 and .75
+    unlike = sum(str(stage.strategy) != best[near[i]] for i, stage in enumerate(shown.stages))
+    assert facts_of(cube=cube, schedule=shown)["schedule"]["unlike_best"] == unlike > 0
+    said = " ".join(sentences(facts_of(cube=cube, schedule=shown)))
+    assert f"In {unlike} stages of 3 it runs another strategy than the best at the nearest point measured" in said

@@ -25,7 +25,7 @@ from gradscope.errors import BusyError, CheckpointError, InfeasibleError, Interr
 from gradscope.evaluation import extract_features
 from gradscope.locks import sole_writer
 from gradscope.trainer import RunOptions, load_run, read_log, train
-from schedulers import Strategy, in_costs
+from schedulers import Strategy, constant_schedule, in_costs, load_schedule
 from tests.gradscope.small_methods import SmallSetting, random_data, small_setting
 from tests.gradscope.train_ranks_job import run_function, train_killed_saving, train_until_killed
 
@@ -442,7 +442,13 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path: Path) -
 def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    left = [".step-00000003.pt.123.tmp", ".resume.pt.9.tmp", ".log.jsonl.77.tmp", ".config.toml.5.tmp"]
+    left = [
+        ".step-00000003.pt.123.tmp",
+        ".resume.pt.9.tmp",
+        ".log.jsonl.77.tmp",
+        ".config.toml.5.tmp",
+        ".schedule.json.4.tmp",
+    ]
     mine = [".mine.tmp", ".step-3.txt.12.tmp", "step-old.txt", ".cube.nc.12.tmp"]
     for name in (*left, *mine):
         (out / name).write_text("half")
@@ -458,6 +464,18 @@ def test_the_saved_settings_are_those_of_the_run(tmp_path: Path) -> None:
     table = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["train"]
     kept = {name: value for name, value in setting.config.to_dict().items() if value is not None}
     assert {name: table[name] for name in kept} == kept
+
+
+def test_the_schedule_stands_beside_the_run_and_never_replaces_a_users_file(tmp_path: Path) -> None:
+    setting = of_method("mocov3", evaluations=(), budget=200.0)
+    reference = setting.config.reference
+    run(setting, tmp_path / "run", str(reference))
+    kept = load_schedule(tmp_path / "run" / "schedule.json")
+    assert kept.same_stages(constant_schedule(reference, setting.cost(reference)))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "schedule.json").write_text("mine")
+    run(setting, tmp_path / "mine")
+    assert (tmp_path / "mine" / "schedule.json").read_text() == "mine"
 
 
 def test_unlabelled_images_are_trained_on_without_evaluation(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import xarray as xr
 from gradscope.cube import save_cube
 from gradscope.errors import CubeError, GradscopeError, Interrupted, UsageError
 from gradscope.watch import Sources, make_report, watch_report
+from schedulers import Strategy, constant_schedule, save_schedule
 from tests.gradscope.cube_samples import sample_cube, sample_runs, sample_schedule
 
 REPORT = Path("report.html")
@@ -191,3 +192,13 @@ def test_two_runs_of_one_name_are_told_apart() -> None:
         log_run(f"{parent}/run", 40)
     runs = Sources(Path("cube.nc"), runs=[Path("x/run"), Path("y/run")]).read(unfinished=True)["runs"]
     assert list(runs) == ["x/run", "y/run"]
+
+
+def test_the_schedules_that_runs_followed_are_found_but_not_the_one_that_is_shown() -> None:
+    log_run(".", 40)
+    log_run("a", 40)
+    log_run("b", 40)
+    for folder in (".", "a"):
+        save_schedule(constant_schedule(Strategy(patch=2), 4.0), Path(folder) / "schedule.json")
+    followed = Sources(Path("cube.nc")).read(unfinished=True)["followed"]
+    assert list(followed) == ["a"]

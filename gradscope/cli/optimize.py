@@ -379,8 +379,11 @@ def _trajectory_lines(plan: Schedule) -> list[str]:
 
 
 def _progress(predicted: dict[str, Any]) -> str:
-    se = f" +- {predicted['progress_se']:.1g}" if "progress_se" in predicted else ""
-    return f"{predicted['progress']:.3f}{se}"
+    from gradscope.plots._theme import with_error
+
+    if "progress_se" not in predicted:
+        return f"{predicted['progress']:.3f}"
+    return with_error(predicted["progress"], predicted["progress_se"]).replace("±", "+-")
 
 
 def _doubt_lines(plan: Schedule, profile: Profile, wishes: Sequence[Wish]) -> list[str]:

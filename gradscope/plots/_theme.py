@@ -134,7 +134,7 @@ def title_text(title: str, *lines: str) -> str:
     """A bold title over smaller lines; all of them are escaped here."""
     kept = (line.replace(" ± ", "\u00a0±\u00a0") for line in lines if line)
     small = "".join(f"<br><span style='font-size:12px;color:{MUTED}'>{wrapped(line)}</span>" for line in kept)
-    return f"<b>{wrapped(title[:1].upper() + title[1:], 42)}</b>{small}"
+    return f"<b>{wrapped(title[:1].upper() + title[1:], 38)}</b>{small}"
 
 
 def title_lines(text: str) -> int:

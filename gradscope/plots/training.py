@@ -94,7 +94,12 @@ def _training_figure(curves: tuple[Curve, ...]) -> go.Figure:
     ]
     shown = [(height, label) for exists, height, label in parts if exists] or [(_ACCURACY, "accuracy")]
     plot = sum(height for height, _ in shown) + _GAP * (len(shown) - 1)
-    title = _theme.title_text("Training", "over the units spent" + ("; loss: running median" if parts[1][0] else ""))
+    several = parts[1][0] and sum(bool(curve.loss.size) for curve in curves) > 1
+    title = _theme.title_text(
+        "Training",
+        "over the units spent" + ("; loss: running median" if parts[1][0] else ""),
+        "a loss under another strategy is another loss: compare accuracies" if several else "",
+    )
     top = 28 + 19 * _theme.title_lines(title)
     figure = make_subplots(
         rows=len(shown),

@@ -49,16 +49,20 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint of the bundled trainer onto the CPU, with `weights_only=True`.
 
     `mmap` leaves tensors on disk until they are used: for reading step, units and settings alone.
-    Raises CheckpointError when the file is missing, damaged, of a newer format, or not the trainer's.
+    The checksums of what is read are checked, which `torch.load` does not. Raises CheckpointError when the file is
+    missing, damaged, of a newer format, or not the trainer's.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint: it is no file of torch.save")
     try:
+        check_archive(path, tensors=not mmap)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint, it is damaged or not one ({reason}); remove it and "
+            f"{path}: cannot be read as a checkpoint, it is damaged or not one ({reason}); move it away and "
             "run the same command again"
         ) from error
     if not isinstance(content, dict) or any(name not in content for name in REQUIRED):
@@ -68,6 +72,21 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             f"{path}: written by a newer gradscope (format {content['format']}, known up to {FORMAT}); update gradscope"
         )
     return content
+
+
+def check_archive(path: Path, *, tensors: bool = True) -> None:
+    """Read the records of a file of `torch.save` against their checksums; without `tensors`, all but those.
+
+    Raises zipfile.BadZipFile for a wrong one, or a file that is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{record.filename} is compressed, which torch.save does not do")
+            if tensors or "/data/" not in record.filename:
+                with archive.open(record) as stream:
+                    while stream.read(1 << 20):
+                        pass
 
 
 def list_steps(folder: Path) -> list[Path]:

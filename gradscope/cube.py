@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from gradscope.cube_costs import MEASURED, add_measured, measured_of
 from gradscope.errors import CubeError, UsageError
 from gradscope.estimators import ESTIMATES, Estimates
-from gradscope.files import write_atomically
+from gradscope.files import seal, seal_holds, write_atomically
 from gradscope.influence import influence_of
 from gradscope.pilot import budget_in, pilot_of, training_of
 from gradscope.races import RaceBook
@@ -32,6 +32,10 @@ from schedulers.profile import Profile
 
 SCHEMA_VERSION = 1
 ENGINE: Literal["h5netcdf"] = "h5netcdf"
+LARGEST, DENSEST = 1 << 30, 1000  # bytes of numbers in a cube, and how many times the file that holds them
+UNREADABLE = (  # what the readers of a damaged file were seen to raise
+    OSError, ValueError, LookupError, RuntimeError, AttributeError, TypeError, ArithmeticError, MemoryError, EOFError
+)  # fmt: skip
 PENDING, DONE, FAILED = 0, 1, 2
 COMPRESSED = {"zlib": True, "complevel": 1}  # for the one large variable; mostly 0 where strategies left races early
 COST_MODELS = ("tokens", "paper", "measured")
@@ -232,6 +236,7 @@ def save_cube(cube: xr.Dataset, groups: xr.Dataset | None, path: Path) -> None:
 
     def write(temporary: Path) -> None:
         tree.to_netcdf(temporary, engine=ENGINE, write_inherited_coords=True, encoding=encoding)
+        seal(temporary)
 
     write_atomically(path, write)
 
@@ -249,13 +254,27 @@ def open_cube(path: Path) -> xr.DataTree:
         raise CubeError(
             f"{path}: a schedule or other JSON, not a cube; name the .nc file that `gradscope profile` wrote"
         )
+    with path.open("rb") as stream:
+        if stream.read(8) != b"\x89HDF\r\n\x1a\n":
+            raise CubeError(
+                f"{path}: cannot be read as a cube, it is no NetCDF4 file, or damaged; name the .nc file that "
+                "`gradscope profile` wrote"
+            )
+    if seal_holds(path) is False:
+        raise CubeError(
+            f"{path}: damaged, its bytes are not those that were written (whose digest stands at its end); profile "
+            "again into another file"
+        )
     try:
         with xr.open_datatree(path, engine=ENGINE) as tree:
+            _check_size(tree, path)
             loaded = tree.load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except CubeError:
+        raise
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise CubeError(
-            f"{path}: cannot be read as a cube, it is damaged or not one ({reason}); remove it and profile again"
+            f"{path}: cannot be read as a cube, it is damaged or not one ({reason}); profile again into another file"
         ) from error
     version = loaded.attrs.get("schema_version")
     missing = [name for name in (*QUANTITIES, "status", "cost", "n_samples") if name not in loaded.dataset]
@@ -269,6 +288,16 @@ def open_cube(path: Path) -> xr.DataTree:
             "reads; upgrade gradscope"
         )
     return loaded
+
+
+def _check_size(tree: xr.DataTree, path: Path) -> None:
+    """Raise CubeError before memory is asked for that no cube of such a file needs."""
+    declared = sum(variable.nbytes for node in tree.subtree for variable in node.dataset.variables.values())
+    if declared > max(LARGEST, DENSEST * path.stat().st_size):
+        raise CubeError(
+            f"{path}: declares {declared / 2**30:,.1f} GiB of numbers in a file of {path.stat().st_size:,} bytes; no "
+            "profile writes that"
+        )
 
 
 def groups_of(tree: xr.DataTree) -> xr.Dataset | None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from gradscope.errors import GradscopeError
 
+_SEAL = b"\nsha256 of all before this line: "
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary sibling of `path`, sync it, and rename it over `path`.
@@ -59,6 +61,31 @@ def file_digest(path: Path) -> str:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Append the digest of a file's bytes to it, for formats whose readers ignore what follows their end (HDF5)."""
+    digest = file_digest(path)
+    with path.open("ab") as stream:
+        stream.write(_SEAL + digest.encode())
+
+
+def seal_holds(path: Path) -> bool | None:
+    """Whether a file is as it was when `seal` ended it; None where it has no seal."""
+    long, size = len(_SEAL) + 64, path.stat().st_size
+    if size < long:
+        return None
+    state, left = hashlib.sha256(), size - long
+    with path.open("rb") as stream:
+        stream.seek(left)
+        end = stream.read(long)
+        if not end.startswith(_SEAL):
+            return None
+        stream.seek(0)
+        while left and (part := stream.read(min(left, 1 << 20))):
+            state.update(part)
+            left -= len(part)
+    return end[len(_SEAL) :] == state.hexdigest().encode()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -51,14 +51,16 @@ class Conditions:
 class Look:
     """What is known after `blocks` sub-batches: estimates of the strategies measured so far, and why others failed.
 
-    On ranks other than the first `found` is empty. Whoever looks may shorten `active`; those taken out are not
-    measured further.
+    `reference`: the reference's, which is measured in any case, as all are paired with it. On ranks other than the
+    first `found` is empty and `reference` None. Whoever looks may shorten `active`; those taken out are not measured
+    further.
     """
 
     blocks: int
     found: dict[Strategy, Estimates]
     failures: dict[Strategy, str]
     active: list[Strategy]
+    reference: Estimates | None = None
 
 
 Looks = Generator[Look, None, None]
@@ -139,8 +141,11 @@ class CheckpointMeasurement:
             if broken or engine is None:
                 failures = {s: f"reference: {broken}" for s in active}
             active = [s for s in active if s not in failures]
-            found = self._estimates(streams, active, term_samples) if engine is not None and active else {}
-            seen = Look(look, found, failures, active)
+            home = self.task.grid.reference
+            wanted = list(dict.fromkeys([*active, home])) if engine is not None and active else []
+            every = self._estimates(streams, wanted, term_samples) if wanted else {}
+            found = {s: every[s] for s in active if s in every}
+            seen = Look(look, found, failures, active, every.get(home))
             yield seen
             active = ranks.gather(seen.active)[0]
             if not active:

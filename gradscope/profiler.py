@@ -16,11 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xarray as xr
+from torch import nn
 
 from gradscope.checkpoints import RESUME_FILE
-from gradscope.checks import check_progress, check_repeatable
+from gradscope.checks import check_progress, check_repeatable, reason
 from gradscope.cube import open_cube
 from gradscope.engines import SubBatchEngine
+from gradscope.errors import GradscopeError, TaskError
 from gradscope.files import check_writable, file_digest
 from gradscope.locks import sole_writer
 from gradscope.measuring import CheckpointMeasurement, Conditions, Look
@@ -151,7 +153,7 @@ class _Profile:
             news.append(f"{self.folder}: left out, as there is no number in their names: {', '.join(left)}")
         if cells:
             further = f"; {there:,} are there, of which some get more samples" if there else ""
-            news.append(f"{cells:,} cells to measure for {told_units(least, most)}{further}")
+            news.append(f"{cells:,} cells to measure for {told_units(least, most)} besides the set-up{further}")
         return news
 
     def run(self) -> tuple[xr.DataTree, ProfileSummary]:
@@ -193,7 +195,7 @@ class _Profile:
 
     def _measure(self, job: Job, stop: StopFlag) -> None:
         checkpoint = self.checkpoints[job.t]
-        model = self.task.load(checkpoint.path)
+        model = self._load(checkpoint.path)
         if not self.checked:
             self.checked = True
             check_repeatable(self.task, model, self.batch_size, self.options.seed)
@@ -223,6 +225,14 @@ class _Profile:
         finally:
             self.summary.units += measurement.units + measurement.units_elsewhere
 
+    def _load(self, path: Path) -> nn.Module:
+        try:
+            return self.task.load(path)
+        except (GradscopeError, OSError):
+            raise
+        except Exception as error:
+            raise TaskError(f"{path}: the task's load failed on it: {reason(error)}") from error
+
     def _take(self, job: Job, look: Look, measurement: CheckpointMeasurement) -> None:
         """Put what is finished into the cube; whoever goes on stays in `look.active`."""
         cells = self.cells
@@ -235,6 +245,10 @@ class _Profile:
                 finished = [s for s in look.active if s not in still_open]
         for strategy in finished:
             cells.put(job.t, strategy, look.found[strategy])
+        if finished and look.reference is not None and self.options.only is None:
+            cells.put(
+                job.t, self.task.grid.reference, look.reference
+            )  # all share its |G|^2, the better known the better
         self.summary.measured = len(cells.written)
         for strategy, why in look.failures.items():
             cells.fail(job.t, strategy, why)

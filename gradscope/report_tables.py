@@ -144,10 +144,12 @@ def _predicted_sentence(schedule: Schedule) -> str:
     predicted, said = schedule.predicted, list[str]()
     end, alone, speed_up = (predicted.get(name) for name in ("progress", "progress_reference", "speed_up"))
     if isinstance(end, float) and isinstance(alone, float):
-        more = f", {speed_up:.2f} times as fast" if isinstance(speed_up, float) else ""
+        error = predicted.get("progress_se")
+        error = error if isinstance(error, float) else math.nan
+        more = f", {speed_up:.2f} times as fast" if isinstance(speed_up, float) and not error >= end else ""
         said.append(
-            f"Predicted by the speed that strategies earn: progress {end:.2f} of the profiled run, where the reference "
-            f"alone would reach {alone:.2f}{more}."
+            f"Predicted by the speed that strategies earn: progress {with_error(end, error)} of the profiled run; the "
+            f"reference alone would reach {alone:.2f}{more}."
         )
         if predicted.get("beyond_profile"):
             said.append("Past the profiled run's end its last measurements are held.")
@@ -199,6 +201,12 @@ def uncertainties(cube: xr.Dataset, criterion: str, metric: str, schedule: Sched
     view = read_view(cube, metric=metric)
     ties = ties_table(cube, view, criterion)
     items = _disagreements(cube, view)
+    if flattered := flattered_strategies(view, next(c for c in criteria_of(cube) if c.short == criterion)):
+        items.append(
+            "Strategies that left a race after few samples look better than the best that stayed at progress "
+            f"{', '.join(flattered)}: their values have larger errors and were never followed up, so they count as no "
+            "better."
+        )
     untrained = untrained_strategies(cube)
     if untrained is None:
         items.append(
@@ -233,6 +241,17 @@ def uncertainties(cube: xr.Dataset, criterion: str, metric: str, schedule: Sched
     if ties:
         said += f"<details><summary>Strategies that two standard errors do not tell apart</summary>{ties}</details>"
     return said
+
+
+def flattered_strategies(view: CubeView, shown: Variable) -> list[str]:
+    """The labels of the points where a strategy that had left a race has a better value than the best that stayed."""
+    values, sign = view.values(shown.name), -1 if shown.better == "lower" else 1
+    best = best_strategies(view, shown)
+    return [
+        label
+        for label, here, found in zip(view.labels, values, best, strict=True)
+        if found and bool((sign * here > sign * found.winner.value).any())
+    ]
 
 
 def ties_table(cube: xr.Dataset, view: CubeView, criterion: str) -> str:

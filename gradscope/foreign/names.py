@@ -76,7 +76,8 @@ def backbone_of(tensors: Mapping[str, Tensor], path: Path, *, what: str = "") ->
         lacking = some_names(missing) if depth else f"{what}blocks.0, ..."
         raise CheckpointError(
             f"{path}: not a complete ViT in timm's names, it has no {lacking}; it holds "
-            f"{some_names([what + name for name in tensors]) or 'no tensors there'}"
+            f"{some_names([what + name for name in tensors]) or 'no tensors there'}; a model of another kind needs a "
+            "task of your own (--task module:Class)"
         )
     others = [name for name in tensors if name not in set(wanted)]
     if strange := [what + name for name in others if name.startswith(_COMPUTES)]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from gradscope import Grid, ProfileOptions, profile
+from gradscope import Grid, ProfileOptions, Strategy, profile
 from gradscope.cube import DONE, FAILED, contenders_of
 from gradscope.errors import Interrupted, TaskError
 from gradscope.profiler import expected_work
@@ -45,8 +45,14 @@ def test_a_race_gives_each_cell_the_numbers_that_fixed_samples_give(
         same = dataclasses.replace(RACING, samples=int(samples), allocation="fixed")
         fixed, _ = profile(LineTask(), folder, tmp_path / f"fixed-{samples}.nc", options=same)
         here = (raced["n_samples"] == samples) & (raced["status"] == DONE)
-        for name in ("bias_sq", "variance", "norm_sq", "inner", "norm_sq_ref", "moment_cov", "ca_mse_se"):
+        for name in ("bias_sq", "variance", "norm_sq", "inner", "norm_sq_ref", "moment_cov", "inner_se"):
             np.testing.assert_array_equal(raced[name].where(here), fixed[name].where(here))
+
+
+def test_the_reference_has_as_many_samples_as_what_is_paired_with_it(whole: xr.DataTree) -> None:
+    reference = Strategy.parse(str(whole.attrs["reference"]))
+    counts = whole["n_samples"].values.reshape(3, -1)
+    assert (whole["n_samples"].sel(dict(reference)).values == counts.max(1)).all()
 
 
 def test_a_race_spends_where_the_decision_is_open(folder: Path, tmp_path: Path) -> None:

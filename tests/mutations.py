@@ -37,7 +37,7 @@ def mutations(data: bytes, count: int, seed: int) -> Iterator[bytes]:
         elif kind == 2:
             found[a:a] = found[a:short]
         elif kind == 3:
-            found[a:short] = rng.permutation(np.frombuffer(data[a:short], np.uint8)).tobytes()
+            found[a:short] = rng.permutation(np.frombuffer(data[a:short], np.uint8).copy()).tobytes()
         else:
             for bit in rng.integers(0, 8 * len(data), int(rng.integers(1, 9)) if kind == 4 else 1):
                 found[bit // 8] ^= 1 << (bit % 8)

@@ -13,7 +13,7 @@ from benchmarks.arms import Model, Offline
 PAPER = ("--criterion", "ca-mse", "--metric", "euclidean")
 FRACTION = ("--progress", "fraction")
 ADAM = ("--metric", "optimizer")
-POLY = ("--set", "decay=poly")
+POLY = ("--decay", "polynomial")
 SHORT = 0.25  # of the largest budget
 
 

@@ -21,11 +21,11 @@ from schedulers import Schedule, Stage, Strategy, format_count, parse_count
 
 
 def draw_curves(case: Case, results: Results, path: Path) -> None:
-    """Mean final accuracy of every arm over the budget, as a PNG file."""
+    """Mean final accuracy over the budget of every arm that has more than one, as a PNG file."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    curves = {arm: curve for arm in case.arms if (curve := curves_of(case, results, arm))}
+    curves = {arm: curve for arm in case.arms if len(curve := curves_of(case, results, arm)) > 1}
     for i, (arm, curve) in enumerate(curves.items()):
         means = [statistics.fmean(values) for values in curve.values()]
         figure.add_scatter(

@@ -132,10 +132,13 @@ def ratio_of(none: Curves, arm: Curves, level: float) -> Ratio:
 
 
 def saving_of(case: Case, results: Results, arm: str, level: float, seconds: Mapping[str, float]) -> Saving | None:
-    """What an arm saves for the accuracy of no acceleration at the budget `level`; None without common seeds."""
+    """What an arm saves for the accuracy of no acceleration at the budget `level`.
+
+    None without common seeds, and for an arm that was run with one budget, from which no curve can be read.
+    """
     both = complete(case, complete(case, results, "none"), arm)
     none, curve = curves_of(case, both, "none"), curves_of(case, both, arm)
-    if not both or level not in none:
+    if not both or level not in none or len(curve) < 2:
         return None
     units, time = ratio_of(none, curve, level), None
     theirs, ours = _timed(case, both, "none", none, seconds), _timed(case, both, arm, curve, seconds)

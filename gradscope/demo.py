@@ -82,7 +82,8 @@ class DemoResult:
             f"the profile cost {format_count(self.profile_units)} units; one seed is an anecdote: the "
             "README has several",
             f"report: {self.report}",
-            f"try, in {folder}: gradscope profile {PILOT} && gradscope optimize --budget 240K && gradscope plot",
+            f"try, in {folder}: gradscope optimize --budget 240K && gradscope plot; for a finer profile, gradscope "
+            f"profile {PILOT} --dry-run says what it costs",
         ]
 
 

@@ -107,7 +107,7 @@ def _said_results(facts: Facts) -> list[str]:
         return f"{row['kNN accuracy']} by {row['run']} ({row['units spent']} units{under})"
 
     more = f", and {len(rows) - _SPELLED} more below" if len(rows) > _SPELLED else ""
-    lines = [f"Measured kNN accuracy: {', '.join(map(told, rows[:_SPELLED]))}{more}."]
+    lines = [f"Measured kNN accuracy, one run each: {', '.join(map(told, rows[:_SPELLED]))}{more}."]
     known = [row["schedule"] for row in facts["results"] if row.get("schedule")]
     if "schedule" in facts and known and THIS not in known:
         lines.append("No run shown has followed the schedule shown.")

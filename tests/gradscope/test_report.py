@@ -442,7 +442,7 @@ def test_runs_of_another_schedule_are_told_from_those_of_the_one_shown(cube: xr.
     said = sentences(facts_of(cube=cube, schedule=shown, runs=runs, followed=followed))
     (measured,) = [line for line in said if line.startswith("Measured")]
     assert measured.startswith(
-        "Measured kNN accuracy: 50.0% by a (1.5K units, this schedule), 50.0% by b (1.5K units, "
+        "Measured kNN accuracy, one run each: 50.0% by a (1.5K units, this schedule), 50.0% by b (1.5K units, "
     )
     assert measured.endswith("and 2 more below.") and "No run shown" not in " ".join(said)
     del followed["a"]

@@ -15,7 +15,6 @@ from gradscope.files import write_atomically
 from gradscope.task import Checkpoint
 
 FORMAT = 1
-RESUME_FILE = "resume.pt"  # where a run that was stopped between checkpoints of progress stands
 REQUIRED = (
     "format",
     "config",
@@ -55,7 +54,9 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint: it is no file of torch.save")
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint, it is damaged or not one (no archive, as torch.save writes them)"
+        )
     try:
         check_archive(path, tensors=not mmap)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -97,7 +98,7 @@ def list_steps(folder: Path) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files that a killed run left in its folder."""
-    written = r"(step-\d+\.pt|resume\.pt|log\.jsonl|config\.toml|schedule\.json|\.log\.jsonl\.probe)"
+    written = r"(step-\d+\.pt|resume\.pt|log\.jsonl|config\.toml|followed\.json|\.log\.jsonl\.probe)"
     for path in folder.glob(".*") if folder.is_dir() else ():
         if re.fullmatch(rf"\.{written}\.\d+\.tmp|\.log\.jsonl\.probe", path.name):
             path.unlink(missing_ok=True)

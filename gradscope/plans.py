@@ -15,7 +15,7 @@ from gradscope.config import Setting
 from gradscope.errors import CheckpointError, InfeasibleError, UsageError
 from gradscope.files import write_text
 from gradscope.ranks import Ranks
-from gradscope.runlog import SCHEDULE_FILE
+from gradscope.runlog import FOLLOWED_FILE, SCHEDULE_FILE
 from gradscope.tasks import TrainingTask
 from schedulers import AdaptiveRule, Schedule, Strategy, format_count, save_schedule
 
@@ -111,8 +111,7 @@ class OfflinePlan:
             raise CheckpointError(f"{path.parent}: holds a run with another schedule; choose another --out")
 
     def begin(self, out: Path) -> None:
-        if not (out / SCHEDULE_FILE).exists():  # never over one that its user keeps there
-            write_text(out / SCHEDULE_FILE, self.schedule.to_json())
+        write_text(out / FOLLOWED_FILE, self.schedule.to_json())
 
     def finish(self, out: Path) -> None:
         return
@@ -201,8 +200,9 @@ class OnlinePlan:
         self._told = len(self.controller.probes)
 
     def begin(self, out: Path) -> None:
-        return
+        (out / FOLLOWED_FILE).unlink(missing_ok=True)  # of an earlier run: this one is known at its end
 
     def finish(self, out: Path) -> None:
         self.controller.write_cube()
+        write_text(out / FOLLOWED_FILE, self.controller.schedule().to_json())
         save_schedule(self.controller.schedule(), out / SCHEDULE_FILE)

@@ -138,7 +138,9 @@ class ProfileCube:
         self._note_failure(t, strategy, None)
 
     def fail(self, t: int, strategy: Strategy, why: str) -> None:
-        """A failed cell; an earlier measurement of fewer samples stays."""
+        """A failed cell; an earlier measurement of fewer samples stays, and is all that is told where it is of now."""
+        if self._at(t, strategy) in self.written:
+            return
         if self.cube["status"].values[self._at(t, strategy)] != DONE:
             self.cube["status"].values[self._at(t, strategy)] = FAILED
             self.cube["cell_key"].values[self._at(t, strategy)] = self._key(t)

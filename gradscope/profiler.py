@@ -18,7 +18,6 @@ from pathlib import Path
 import xarray as xr
 from torch import nn
 
-from gradscope.checkpoints import RESUME_FILE
 from gradscope.checks import check_progress, check_repeatable, reason
 from gradscope.cube import open_cube
 from gradscope.engines import SubBatchEngine
@@ -149,10 +148,10 @@ class _Profile:
         cells, least, most = self.plan.expected_work(self.chosen)
         there, news = self.cells.done_count, list[str]()
         taken = {checkpoint.path.name for checkpoint in self.checkpoints}
-        if left := [name for name in numberless(self.folder) if name not in (*taken, RESUME_FILE)]:
+        if left := [name for name in numberless(self.folder) if name not in taken]:
             news.append(f"{self.folder}: left out, as there is no number in their names: {', '.join(left)}")
         if cells:
-            further = f"; {there:,} are there, of which some get more samples" if there else ""
+            further = f"; the cube holds {there:,} of {self.cells.cube['status'].size:,} already" if there else ""
             news.append(f"{cells:,} cells to measure for {told_units(least, most)} besides the set-up{further}")
         return news
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 
 from gradscope.plots._theme import number, with_error
@@ -96,7 +97,8 @@ def _said_schedule(schedule: Facts) -> list[str]:
 
 def _said_results(facts: Facts) -> list[str]:
     """Accuracies, the best first; which of the runs followed the schedule shown."""
-    rows = [row for row in facts["results"] if isinstance(row.get("kNN accuracy"), str) and row["kNN accuracy"]]
+    rows = [row for row in facts["results"] if {"run", "units spent"} <= row.keys()]  # not of a table of another kind
+    rows = [row for row in rows if re.fullmatch(r"[\d.]+%", str(row.get("kNN accuracy")))]
     rows.sort(key=lambda row: -float(row["kNN accuracy"].rstrip("%")))
     if not rows:
         return []

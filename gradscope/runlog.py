@@ -12,7 +12,8 @@ from gradscope.files import write_text
 
 COUNTED = ("step", "units", "samples", "seconds")  # what rows have as numbers
 LOG_FILE = "log.jsonl"
-SCHEDULE_FILE = "schedule.json"  # what a run follows, or ran, beside its log
+SCHEDULE_FILE = "schedule.json"  # what an online run ran, to be used again
+FOLLOWED_FILE = "followed.json"  # the schedule that a run follows, or ran
 SCALARS = ("loss", "lr", "accuracy", "samples_per_second", "units")
 
 

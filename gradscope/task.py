@@ -146,12 +146,13 @@ def task_digest(task: Task) -> str:
     return _short_digest(json.dumps(fixed, sort_keys=True))
 
 
+RESUME_FILE = "resume.pt"  # where a run that was stopped between checkpoints of progress stands
 PATTERNS = ("*.pt", "*.pth", "*.ckpt", "*.safetensors")
 
 
 def numberless(folder: Path) -> list[str]:
     """Names of the checkpoint files that `numbered_checkpoints` leaves out: no number tells when they were written."""
-    names = {path.name for pattern in PATTERNS for path in folder.glob(pattern)}
+    names = {path.name for pattern in PATTERNS for path in folder.glob(pattern)} - {RESUME_FILE}
     return sorted(name for name in names if not re.search(r"\d", Path(name).stem))
 
 

@@ -17,14 +17,7 @@ from typing import Any
 
 import torch
 
-from gradscope.checkpoints import (
-    RESUME_FILE,
-    checkpoint_path,
-    list_steps,
-    load_checkpoint,
-    remove_leftovers,
-    save_checkpoint,
-)
+from gradscope.checkpoints import checkpoint_path, list_steps, load_checkpoint, remove_leftovers, save_checkpoint
 from gradscope.config import Setting, config_of, open_setting
 from gradscope.data import Ahead, ImageData
 from gradscope.engines import derive_seed
@@ -38,6 +31,7 @@ from gradscope.ranks import ALONE, Ranks
 from gradscope.runlog import LOG_FILE, RunLog, read_log
 from gradscope.signals import StopFlag
 from gradscope.stepper import Stepper
+from gradscope.task import RESUME_FILE
 from schedulers import AdaptiveRule, Schedule
 
 LOG_ROWS = 400  # rows of the log over a whole run
@@ -111,9 +105,9 @@ def train(
     """Train until the budget is spent to within one step; continue where `out` left off.
 
     `schedule`: what runs when, or the rule by which it is decided while training runs. Writes to `out`: `step-*.pt`
-    at `config.checkpoints` and at the end, `log.jsonl`, `config.toml`, `schedule.json` (unless there is one already),
-    `resume.pt` (removed at the end); of a run that decides by itself `cube.nc`, what it measured, and `schedule.json`
-    at its end: what it ran. `ranks` each call this with the same arguments; the first one writes. `tell` gets what a
+    at `config.checkpoints` and at the end, `log.jsonl`, `config.toml`, `followed.json` (its schedule), `resume.pt`
+    (removed at the end); of a run that decides by itself `cube.nc`, what it measured, and at its end `schedule.json`,
+    what it ran. `ranks` each call this with the same arguments; the first one writes. `tell` gets what a
     run decides by itself, in one line each. Raises InfeasibleError when the budget does not pay for one step,
     CheckpointError when `out` holds another run, BusyError while another process writes there, NonFiniteError when the
     loss is, Interrupted on a signal, after saving.

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.errors import GradscopeError, UsageError
-from gradscope.runlog import LOG_FILE, SCHEDULE_FILE, read_log
+from gradscope.runlog import FOLLOWED_FILE, LOG_FILE, read_log
 from gradscope.signals import StopFlag
 
 if TYPE_CHECKING:
     from gradscope.report_facts import Facts
+    from schedulers import Schedule
 
 TICK = 0.2  # seconds between looks at a signal
 LONGEST = 86_400  # seconds between looks at the files
@@ -66,17 +67,22 @@ class Sources:
             path = path if path and path.is_file() else None
             folders = [folder for folder in folders if (folder / LOG_FILE).is_file()]
         named = _named(folders)
-        followed = {name: folder / SCHEDULE_FILE for name, folder in named.items()}
         return {
             "cube": None if unfinished and not self.cube.is_file() else open_cube(self.cube),
             "schedule": None if path is None else load_schedule(path),
             "runs": {name: read_log(folder) for name, folder in named.items()},
-            "followed": {
-                name: load_schedule(file)
-                for name, file in followed.items()
-                if file.is_file() and not (path and path.is_file() and file.samefile(path))
-            },
+            "followed": {name: found for name, folder in named.items() if (found := _followed(folder))},
         }
+
+
+def _followed(folder: Path) -> Schedule | None:
+    """The schedule that a run followed, None where it is not known."""
+    from schedulers import load_schedule
+
+    try:
+        return load_schedule(folder / FOLLOWED_FILE)
+    except GradscopeError:  # none there, or none that can be read
+        return None
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -216,13 +216,25 @@ def best_strategies(view: CubeView, shown: Variable) -> list[Best | None]:
 
 
 def _score_influence(view: CubeView, shown: Variable) -> Floats | None:
-    """The influence (T, *grid.shape, R) of every sub-batch on a criterion, None where it is not known."""
+    """The influence (T, *grid.shape, R) of every sub-batch on a criterion, None where it is not known.
+
+    It is not known for values that were not computed from the cube's moments as they are read now: by an earlier
+    version, or for another batch than that of an online run.
+    """
     from gradscope.cube import profile_of
 
-    if not shown.is_criterion or "influence" not in view.dataset:
+    if not shown.is_criterion or not {"influence", "cost"} <= set(view.dataset):
         return None
-    found = profile_of(view.dataset, metric=view.metric).score_influence(shown.short)
-    return None if found is None else found.reshape(len(view.progress), *view.grid.shape, -1)
+    costs = view.dataset["cost"]
+    if "tokens" not in costs["cost_model"] or bool(costs.sel(cost_model="tokens").isnull().all()):
+        return None
+    profile = replace(profile_of(view.dataset, metric=view.metric), contenders={})
+    shape = (len(view.progress), *view.grid.shape)
+    scores = profile.scores(shown.short, profile.progress)[0].reshape(shape)
+    if not np.allclose(scores, view.values(shown.name), rtol=1e-6, atol=0, equal_nan=True):
+        return None
+    found = profile.score_influence(shown.short)
+    return None if found is None else found.reshape(*shape, -1)
 
 
 def _best(

@@ -259,3 +259,8 @@ def test_rivals_are_told_by_what_measurements_on_the_same_images_share(folder: P
     old = without_influence(tree, tmp_path / "old.nc")
     assert profile_of(old.dataset, metric="euclidean").score_influence("descent") is None
     assert all(best_strategies(read_view(old, metric="euclidean"), shown))
+    moved = tree.to_dataset().copy(deep=True)  # as an earlier version computed it
+    moved["descent"] *= 1.1
+    alone = best_strategies(read_view(moved, metric="euclidean"), shown)
+    moved = moved.drop_vars("influence")
+    assert alone == best_strategies(read_view(moved, metric="euclidean"), shown)

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from gradscope import ProfileOptions, open_cube, profile, profile_of
-from gradscope.checkpoints import RESUME_FILE, list_steps, load_checkpoint
+from gradscope.checkpoints import list_steps, load_checkpoint
 from gradscope.cli.run_settings import make_schedule
 from gradscope.cube import DONE
 from gradscope.report import write_report
+from gradscope.task import RESUME_FILE
 from gradscope.trainer import read_log, train
 from schedulers import load_schedule, optimize, save_schedule
 from tests.gradscope.cube_samples import sample_cube, sample_runs, sample_schedule

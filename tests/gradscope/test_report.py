@@ -460,3 +460,9 @@ def test_stages_that_differ_from_the_best_are_counted(cube: xr.Dataset) -> None:
     assert facts_of(cube=cube, schedule=shown)["schedule"]["unlike_best"] == unlike > 0
     said = " ".join(sentences(facts_of(cube=cube, schedule=shown)))
     assert f"In {unlike} stages of 3 it runs another strategy than the best at the nearest point measured" in said
+
+
+def test_a_table_of_another_kind_gives_no_sentence(cube: xr.Dataset) -> None:
+    for row in ({"method": "x", "kNN accuracy": "81.0%"}, {"run": "a", "units spent": "1K", "kNN accuracy": "n/a"}):
+        page = Page(build_report(cube=cube, table=[row]))
+        assert "Measured" not in page.text and str(row["kNN accuracy"]) in page.text

@@ -447,7 +447,7 @@ def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else(tmp_path:
         ".resume.pt.9.tmp",
         ".log.jsonl.77.tmp",
         ".config.toml.5.tmp",
-        ".schedule.json.4.tmp",
+        ".followed.json.4.tmp",
     ]
     mine = [".mine.tmp", ".step-3.txt.12.tmp", "step-old.txt", ".cube.nc.12.tmp"]
     for name in (*left, *mine):
@@ -466,16 +466,18 @@ def test_the_saved_settings_are_those_of_the_run(tmp_path: Path) -> None:
     assert {name: table[name] for name in kept} == kept
 
 
-def test_the_schedule_stands_beside_the_run_and_never_replaces_a_users_file(tmp_path: Path) -> None:
+def test_the_schedule_stands_beside_the_run_and_a_users_file_stays(tmp_path: Path) -> None:
     setting = of_method("mocov3", evaluations=(), budget=200.0)
     reference = setting.config.reference
     run(setting, tmp_path / "run", str(reference))
-    kept = load_schedule(tmp_path / "run" / "schedule.json")
+    kept = load_schedule(tmp_path / "run" / "followed.json")
     assert kept.same_stages(constant_schedule(reference, setting.cost(reference)))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "schedule.json").write_text("mine")
+    (tmp_path / "mine" / "followed.json").write_text("of an earlier run")
     run(setting, tmp_path / "mine")
     assert (tmp_path / "mine" / "schedule.json").read_text() == "mine"
+    assert len(load_schedule(tmp_path / "mine" / "followed.json").strategies) > 1
 
 
 def test_unlabelled_images_are_trained_on_without_evaluation(tmp_path: Path) -> None:

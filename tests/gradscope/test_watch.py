@@ -194,11 +194,11 @@ def test_two_runs_of_one_name_are_told_apart() -> None:
     assert list(runs) == ["x/run", "y/run"]
 
 
-def test_the_schedules_that_runs_followed_are_found_but_not_the_one_that_is_shown() -> None:
-    log_run(".", 40)
-    log_run("a", 40)
-    log_run("b", 40)
+def test_the_schedules_that_runs_followed_are_found_where_they_can_be_read() -> None:
+    for folder in (".", "a", "b", "c"):
+        log_run(folder, 40)
     for folder in (".", "a"):
-        save_schedule(constant_schedule(Strategy(patch=2), 4.0), Path(folder) / "schedule.json")
+        save_schedule(constant_schedule(Strategy(patch=2), 4.0), Path(folder) / "followed.json")
+    Path("b", "followed.json").write_text("{}")
     followed = Sources(Path("cube.nc")).read(unfinished=True)["followed"]
-    assert list(followed) == ["a"]
+    assert list(followed) == [Path.cwd().name, "a"]

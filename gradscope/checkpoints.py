@@ -110,7 +110,8 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     Raises CheckpointError when there are none.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give the folder that `gradscope train --out` wrote")
+        there = "a file" if folder.is_file() else "no such folder"
+        raise CheckpointError(f"{folder}: {there}; give the folder that `gradscope train --out` wrote")
     found = []
     for path in list_steps(folder):
         content = load_checkpoint(path, mmap=True)

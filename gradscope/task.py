@@ -163,7 +163,8 @@ def numbered_checkpoints(folder: Path, patterns: Sequence[str] = PATTERNS) -> li
     when there are none, or two with one number.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give the folder that holds the checkpoints")
+        what = "a file" if folder.is_file() else "no such folder"
+        raise CheckpointError(f"{folder}: {what}; give the folder that holds the checkpoints")
     steps: dict[int, Path] = {}
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         named = re.search(r"(?:step|epoch|iter|checkpoint)\D?(\d+)", path.stem)

@@ -213,7 +213,7 @@ def profile(
         f"{out}: {summary.measured} cells measured, {summary.reused} reused, {len(summary.failures)} failed; {spent}"
     ]
     if summary.engine:
-        lines.append(f"estimator {summary.engine}: {summary.engine_reason}")
+        lines.append(f"estimator {summary.engine}: {summary.engine_reason.removeprefix(f'{summary.engine}, ')}")
     emit(done, [*lines, *untrained_note(tree.attrs, measured)], as_json=as_json)
     for cell, reason in list(summary.failures.items())[:5]:
         note(f"failed: {cell}: {reason}")

@@ -70,9 +70,9 @@ def _show_schedule(file: Path) -> tuple[dict[str, Any], list[str]]:
         "cost": [f"{stage.cost:.3f}" for stage in plan.stages],
         "strategy": [mixture_text(stage) for stage in plan.stages],
         "progress": ["" if s.progress is None else f"{s.progress[0]:.2f}-{s.progress[1]:.2f}" for s in plan.stages],
-        "best with": ["" if s.probability is None else f"{s.probability:.0%}" for s in plan.stages],
-        "else best": ["" if s.rival is None else str(s.rival) for s in plan.stages],
-        "regret": ["" if s.regret is None else f"{s.regret:.1%}" for s in plan.stages],
+        "best": ["" if s.probability is None else f"{s.probability:.0%}" for s in plan.stages],
+        "else by": ["" if s.regret is None else f"{s.regret:.1%}" for s in plan.stages],
+        "rival": ["" if s.rival is None else str(s.rival) for s in plan.stages],
     }
     known = {name: column for name, column in columns.items() if any(column)}
     rows = [[column[i] for column in known.values()] for i in range(len(plan.stages))]
@@ -96,6 +96,8 @@ def _value_text(value: Any) -> str:
 
     from schedulers import Strategy, UsageError
 
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if not isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     texts = []

@@ -88,17 +88,20 @@ def test_show_tells_the_predictions_that_are_there(tmp_path: Path) -> None:
     assert run("show", path).stdout.splitlines()[0].split() == ["fraction", "cost", "strategy"]
     rival = Strategy(patch=32, dropout=0)
     known = make_stage(progress=(0.0, 0.625), probability=0.83, regret=0.041, rival=rival)
-    save_schedule(dataclasses.replace(known, predicted={"progress": 0.625, "speed_up": [1.5, 2]}), path)
+    predicted = {"progress": 0.625, "speed_up": [1.5, 2], "reference_budget": 941234.5}
+    save_schedule(dataclasses.replace(known, predicted=predicted), path)
     lines = run("show", path).stdout.splitlines()
     assert lines[2].split() == [
-        "0.00-1.00", "4.000", "patch=16,dropout=0", "0.00-0.62", "83%", "patch=32,dropout=0", "4.1%",
+        "0.00-1.00", "4.000", "patch=16,dropout=0", "0.00-0.62", "83%", "4.1%", "patch=32,dropout=0",
     ]  # fmt: skip
-    assert lines[3:] == ["predicted progress: 0.625", "predicted speed_up: [1.5, 2]"]
+    assert lines[3:] == [
+        "predicted progress: 0.625", "predicted speed_up: [1.5, 2]", "predicted reference_budget: 941,234",
+    ]  # fmt: skip
     wishes = [{"checkpoint": i, "progress": i / 4, "strategy": dict(rival), "times": 2} for i in range(2)]
     save_schedule(dataclasses.replace(known, predicted={"more_samples": wishes, "beyond_profile": False}), path)
     assert run("show", path).stdout.splitlines()[3:] == [
         "predicted more_samples:",
-        "  checkpoint 0, progress 0.0, strategy patch=32,dropout=0, times 2",
+        "  checkpoint 0, progress 0, strategy patch=32,dropout=0, times 2",
         "  checkpoint 1, progress 0.25, strategy patch=32,dropout=0, times 2",
         "predicted beyond_profile: false",
     ]

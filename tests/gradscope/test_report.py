@@ -14,6 +14,7 @@ import pytest
 import xarray as xr
 from plotly.offline import get_plotlyjs
 
+from gradscope.cube import grid_of
 from gradscope.plots._theme import with_error
 from gradscope.report import build_report, facts_of, write_report
 from gradscope.report_tables import results_of
@@ -466,3 +467,19 @@ def test_a_table_of_another_kind_gives_no_sentence(cube: xr.Dataset) -> None:
     for row in ({"method": "x", "kNN accuracy": "81.0%"}, {"run": "a", "units spent": "1K", "kNN accuracy": "n/a"}):
         page = Page(build_report(cube=cube, table=[row]))
         assert "Measured" not in page.text and str(row["kNN accuracy"]) in page.text
+
+
+def test_a_strategy_that_left_a_race_and_looks_better_is_explained(cube: xr.Dataset) -> None:
+    said = "Strategies that left a race after few samples look better than the best that stayed at progress 0:"
+    assert said not in Page(build_report(cube=cube)).text
+    scores = cube["descent"].sel(metric="optimizer").isel(progress=0)
+    first = scores.stack(cell=("patch", "dropout")).idxmax("cell").item()
+    names = [str(s) for s in grid_of(cube).strategies()]
+    left = str(Strategy(patch=int(first[0]), dropout=0 if first[1] == 0 else float(first[1])))
+    raced = cube.copy(deep=True)
+    raced["n_samples"].loc[{"progress": 0.0, "patch": first[0], "dropout": first[1]}] //= 8  # else it counts again
+    row = f"{str(cube['checkpoint_sha256'].values[0])[:16]}:{int(cube['step'].values[0])}"
+    metric = list(cube["metric"].values).index("optimizer")
+    entry = {"rule": ["descent", metric], "cells": names, "checked": 8, "open": [n for n in names if n != left]}
+    raced.attrs["races_json"] = json.dumps({row: [entry]})
+    assert said in Page(build_report(cube=raced)).text

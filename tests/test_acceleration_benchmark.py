@@ -272,7 +272,7 @@ def test_rows_of_keys_rates_and_transfer() -> None:
     def ends(**accuracies: float) -> dict[str, Any]:
         return about | {"runs": {arm: {"points": [{"accuracy": value}]} for arm, value in accuracies.items()}}
 
-    found = ends(transferred=0.7, own=0.704, none=0.6, patch4=0.69, mixed=0.71)
+    found = ends(transferred=0.7, own=0.704, none=0.6, patch7=0.69, mixed=0.71)
     found["runs"]["own"] |= {"pilot_units": 60e3, "profile_units": 15e3}
     found["runs"]["transferred"] |= {"pilot_units": 240e3, "profile_units": 60e3}
     rows = transfer.rows_of([found])

@@ -4,7 +4,7 @@
 
 The small one is the case `mocov3` (its mixed pilot at the largest budget, and the profile of that); LARGER is twice as
 wide and sees Fashion-MNIST's 60,000 images (found as `--data fashion-mnist` finds them). Compared at one budget: no
-acceleration, constant patch 4, the larger model's own mixed run, the schedule from a profile of that, and the schedule
+acceleration, constant patch 7, the larger model's own mixed run, the schedule from a profile of that, and the schedule
 from the small one's. Runs lie in `build/acceleration/transfer` and are continued there; `results/transfer-<seed>.json`
 keeps what was measured.
 """
@@ -42,7 +42,7 @@ COMMAND = "python -m benchmarks.acceleration.transfer"
 SMALL = CASES["mocov3"]
 LARGER = replace(SMALL.model, data="fashion-mnist", settings=(("width", 96), ("heads", 2)))
 OFFLINE = Offline("mixed")
-ARMS = {"none": "none", "patch4": "patch=4", "mixed": "mixed", "own": "", "transferred": ""}
+ARMS = {"none": "none", "patch7": "patch=7", "mixed": "mixed", "own": "", "transferred": ""}
 
 
 def run_seed(small: Plan, setup: Setup, seed: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
         runs = [found["runs"][arm] for found in results]
         paid[arm] = format_count(statistics.fmean(run["pilot_units"] + run["profile_units"] for run in runs))
     made = []
-    for other in ("own", "none", "patch4", "mixed") if results else ():
+    for other in ("own", "none", "patch7", "mixed") if results else ():
         ends = [
             [found["runs"][arm]["points"][-1]["accuracy"] for found in results] for arm in ("transferred", other)
         ]  # fmt: skip

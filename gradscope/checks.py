@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gradscope.engines import FlatParameters, SubBatchEngine
-from gradscope.errors import GradscopeError, NonFiniteError, TaskError
+from gradscope.errors import GradscopeError, NonFiniteError, RankError, TaskError
+from gradscope.ranks import Ranks
 from gradscope.task import Checkpoint, Task
 from gradscope.untouched import untouched
+
+SAME = 1e-3  # relative difference below which two gradients count as one
 
 
 def check_progress(checkpoints: Sequence[Checkpoint]) -> None:
@@ -23,11 +27,12 @@ def check_progress(checkpoints: Sequence[Checkpoint]) -> None:
         )
 
 
-def check_repeatable(task: Task, model: nn.Module, batch_size: int, seed: int) -> None:
+def check_repeatable(task: Task, model: nn.Module, batch_size: int, seed: int) -> float:
     """Raise TaskError, naming the culprit, unless `batches` and `loss` repeat themselves for the same seed.
 
     Pairing every strategy with the reference on the same data rests on this. Costs two reference gradients;
-    the model is left untouched.
+    the model is left untouched. Returns the norm of the reference's gradient on the first batch, NaN where it has
+    none.
     """
     with untouched(model):
         engine = SubBatchEngine(task, model, FlatParameters.of(task, model))
@@ -39,20 +44,31 @@ def check_repeatable(task: Task, model: nn.Module, batch_size: int, seed: int) -
             try:
                 found.append((batch, engine.gradient(batch, task.grid.reference, seed=seed)))
             except (NonFiniteError, torch.OutOfMemoryError):
-                return  # told, cell by cell, by the profile itself
+                return math.nan  # told, cell by cell, by the profile itself
             except GradscopeError:
                 raise
             except (RuntimeError, ValueError, TypeError) as error:
                 raise TaskError(f"the loss fails under the reference {task.grid.reference}: {reason(error)}") from error
     (first, g_P), (second, h_P) = found
-    if torch.allclose(g_P, h_P, rtol=1e-3, atol=1e-6 * float(g_P.abs().max())):
-        return
+    if torch.allclose(g_P, h_P, rtol=SAME, atol=1e-6 * float(g_P.abs().max())):
+        return float(g_P.norm())
     if not _same(first, second):
         raise TaskError(f"batches(size={batch_size}, seed={seed}) gives other data when it is called again")
     raise TaskError(
         "the loss gives another gradient for the same batch, strategy and generator: draw everything random from "
         "the generator, and let nothing but parameters and buffers carry over from call to call"
     )
+
+
+def check_same_data(ranks: Ranks, norm: float) -> None:
+    """Raise RankError where `check_repeatable` found another gradient on one of the ranks."""
+    norms = ranks.gather(norm)
+    apart = [rank for rank, other in enumerate(norms) if abs(other - norms[0]) > SAME * abs(norms[0])]
+    if apart:
+        raise RankError(
+            f"the ranks see different data: the gradient of the first batch has norm {norms[0]:.4g} on rank 0 and "
+            f"{norms[apart[0]]:.4g} on rank {apart[0]}; `batches` has to give the same for the same seed everywhere"
+        )
 
 
 def reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import xarray as xr
 from torch import nn
 
-from gradscope.checks import check_progress, check_repeatable, reason
+from gradscope.checks import check_progress, check_repeatable, check_same_data, reason
 from gradscope.cube import open_cube
 from gradscope.engines import SubBatchEngine
 from gradscope.errors import GradscopeError, TaskError
@@ -31,7 +31,7 @@ from gradscope.profile_plan import Job, Plan
 from gradscope.races import Entry
 from gradscope.ranks import ALONE, Ranks
 from gradscope.signals import StopFlag
-from gradscope.task import Checkpoint, Task, numberless
+from gradscope.task import Checkpoint, Task, numberless, task_digest
 from schedulers import format_count
 
 Report = Callable[[float, str], None]  # (fraction of the work done, one line of news)
@@ -128,6 +128,11 @@ class _Profile:
         options.check_only(task.grid)
         self.summary = ProfileSummary()
         digests = [file_digest(checkpoint.path) for checkpoint in checkpoints]
+        ranks.same(
+            "the checkpoints", [(c.step, c.progress, digest) for c, digest in zip(checkpoints, digests, strict=True)]
+        )
+        ranks.same("the task", (task_digest(task), task.grid.strategies()))
+        ranks.same("the options", (options, self.batch_size))
         least = self.rule.minimum * self.batch_size
         self.cells = ProfileCube(
             task, folder, checkpoints, digests, self.conditions, out, least, self.rule.maximum, command
@@ -197,7 +202,8 @@ class _Profile:
         model = self._load(checkpoint.path)
         if not self.checked:
             self.checked = True
-            check_repeatable(self.task, model, self.batch_size, self.options.seed)
+            norm = check_repeatable(self.task, model, self.batch_size, self.options.seed)
+            check_same_data(self.ranks, norm)
         measurement = CheckpointMeasurement(
             self.task, checkpoint, model, self.conditions, self.ranks, self.options.accumulators
         )

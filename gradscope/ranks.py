@@ -8,6 +8,7 @@ share of each batch, and features are gathered so that a loss sees all of it.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib
 import os
 import re
@@ -129,6 +130,15 @@ class Ranks:
                 "same settings and files"
             )
         return int(most)
+
+    def same(self, what: str, value: object) -> None:
+        """Raise RankError, naming `what` and the ranks, where the text of `value` differs from the first rank's."""
+        digests = self.gather(hashlib.sha256(str(value).encode()).hexdigest())
+        if others := [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]:
+            raise RankError(
+                f"the ranks disagree on {what}: rank {', '.join(others)} of 0 to {self.size - 1} differs from rank 0; "
+                "start all of them with the same settings and files"
+            )
 
     def _gathered(self, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]

@@ -309,7 +309,7 @@ class _Run:
                 if furthest is None or content["step"] > furthest["step"]:
                     furthest = content
         run = json.dumps([self.config.to_dict(), self.plan.text, self.setting.data.digest])
-        self.ranks.agree("settings, schedule or data", (_number(run),))
+        self.ranks.same("settings, schedule or data", run)
         self.ranks.agree("the step to continue from", (-1 if furthest is None else furthest["step"],))
         if furthest is None:
             if self.ranks.first:

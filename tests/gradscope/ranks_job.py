@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
-from gradscope import Strategy
+from gradscope import Checkpoint, Strategy
 from gradscope.errors import TaskError
 from tests.gradscope.tasks_for_tests import LineTask
 
@@ -103,6 +103,24 @@ class UnequalTask(SampleTask):
         if os.environ["RANK"] == "0":
             raise NotImplementedError
         return super().sample_losses(model, batch, strategy, generator)
+
+
+class OtherDataTask(LineTask):
+    """LineTask, whose data are others on every rank but the first."""
+
+    def describe(self) -> dict[str, Any]:
+        return dict(LineTask().describe())
+
+    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return super().batches(size, seed + int(os.environ["RANK"]))
+
+
+class FewerCheckpointsTask(LineTask):
+    """LineTask, which on every rank but the first does not see the last checkpoint yet."""
+
+    def checkpoints(self, folder: Path) -> Sequence[Checkpoint]:
+        found = super().checkpoints(folder)
+        return found if os.environ["RANK"] == "0" else found[:-1]
 
 
 @dataclasses.dataclass(frozen=True)

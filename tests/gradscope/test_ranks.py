@@ -203,6 +203,18 @@ def test_wrong_use_is_told_once(
     assert (tmp_path / "cube.nc").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("OtherDataTask", "error: the ranks see different data: the gradient of the first batch has norm"),
+        ("FewerCheckpointsTask", "error: the ranks disagree on the checkpoints: rank 1 of 0 to 1 differs from rank 0;"),
+    ],
+)
+def test_ranks_that_see_different_files_end_at_once(folder: Path, tmp_path: Path, task: str, message: str) -> None:
+    ended = measure(2, folder, tmp_path / "cube.nc", *FIXED, "-q", task=task)
+    assert [rank.code for rank in ended] == [1, 1] and the_message(ended).startswith(message)
+
+
 def torchrun(count: int, folder: Path, out: Path, *arguments: str, **env: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command += ["-m", "gradscope", "profile", str(folder), "-o", str(out)]

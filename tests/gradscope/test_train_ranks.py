@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from gradscope.checkpoints import list_checkpoints, load_checkpoint
+from gradscope.cli.run_settings import make_schedule
 from gradscope.ranks import ALONE
-from gradscope.trainer import read_log
+from gradscope.trainer import read_log, train
 from tests.gradscope.ranks_job import run_ranks
-from tests.gradscope.train_ranks_job import Answer, run_function, step_on_nan, train_double
+from tests.gradscope.small_methods import random_data, small_setting
+from tests.gradscope.train_ranks_job import HANGS, Answer, run_function, step_on_nan, train_double
 
 MIXED = ["mixed"]
 CHANGES: dict[str, dict[str, Any]] = {
@@ -129,6 +131,25 @@ def train_apart(ranks: Any, folder: Path) -> None:
     if ranks.rank == 0:
         train_double(ALONE, "mocov3", out, MIXED, {}, {"budget": 200.0})
     train_double(ranks, "mocov3", out, MIXED, {}, {"budget": 200.0})
+
+
+def test_ranks_that_see_different_images_end_at_once(tmp_path: Path) -> None:
+    answers = run_function(2, train_on_images_of_its_own, tmp_path / "job", tmp_path / "run")
+    assert all(a.code not in (0, -9) for a in answers), answers
+    assert sum("disagree on settings, schedule or data: rank 1" in a.stderr for a in answers) == 1
+
+
+def train_on_images_of_its_own(ranks: Any, out: Path) -> None:
+    setting = small_setting("mocov3", data=random_data(seed=ranks.rank))
+    train(setting, make_schedule("mixed", setting), out, ranks=ranks)
+
+
+def test_a_rank_that_hangs_ends_the_job_in_time(tmp_path: Path) -> None:
+    """A time-out far below the time for which the other rank hangs."""
+    given = ("mocov3", tmp_path / "run", MIXED, {1: ("hang", 5)}, {})
+    answers = run_function(2, train_double, tmp_path / "job", *given, GRADSCOPE_RANK_TIMEOUT=str(HANGS / 3))
+    assert answers[0].code == 1 and all(a.value is None for a in answers), answers
+    assert "does not answer in time, which GRADSCOPE_RANK_TIMEOUT sets" in answers[0].stderr
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])

@@ -34,6 +34,8 @@ from schedulers import Strategy
 from tests.gradscope import ranks_job
 from tests.gradscope.small_methods import SmallSetting, gradients, make_method, make_views, seeded, small_setting
 
+HANGS = 20.0  # seconds that a rank in trouble does not answer for
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -127,6 +129,8 @@ class DoubleSetting(SmallSetting):
         object.__setattr__(self, "at", self.at - 1)
         if self.at == 0 and self.trouble.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, self.trouble))
+        if self.at == 0 and self.trouble == "hang":
+            time.sleep(HANGS)
         if self.at == 0 and self.trouble == "nan":
             views[0][0].fill_(float("nan"))
         return views

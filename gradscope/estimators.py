@@ -41,11 +41,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradscope.errors import NonFiniteError
+
 Array = NDArray[np.float64]
 
 ESTIMATES = ("bias_sq", "bias_sq_plugin", "variance", "norm_sq", "inner", "norm_sq_ref")
 SKETCH_SIZE = 1021  # prime, so that no layer's width makes whole columns share a bucket
 PIECE = 128 * SKETCH_SIZE  # half a megabyte of float32; whole rows of the sketch
+# Mean product from which a sum of float32 products is right to six digits: single ones underflow at 1e-38, and
+# weights go up to 1e8 (`optimizer_weights`).
+LEAST_PRODUCT, LEAST_WEIGHTED = 1e-32, 1e-24
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,8 @@ class GradientStream:
         if block.terms > 1:
             own, both = products_with(block.sum_P, [block.sum_P, reference.sum_P], self.layout, self.metrics)
         sketch = self.sketch(block.sum_P, self.metrics).numpy()
+        if not np.isfinite(sketch).all():
+            raise NonFiniteError(f"the gradient, up to {float(block.sum_P.abs().max()):.1g}, is too large to add up")
         self.records[number] = BlockRecord(block.terms, block.squares_WG, block.cross_WG, own, both, sketch)
         self.sum_P += block.sum_P.to(self.sum_P.device)
 
@@ -275,7 +282,10 @@ def inner_products(a_P: Tensor, b_P: Tensor, layout: GroupLayout, metrics: Metri
 
 
 def products_with(a_P: Tensor, others: Sequence[Tensor], layout: GroupLayout, metrics: Metrics) -> Array:
-    """<a, b>_W of each b in `others`, of every metric and parameter group, in one pass: (len(others), W, G) float64."""
+    """<a, b>_W of each b in `others`, of every metric and parameter group, in one pass: (len(others), W, G) float64.
+
+    Products are taken in the vectors' dtype, and again in float64 where they are `out_of_range`.
+    """
     weights = list(metrics.weights.values())
     groups: list[int] = []
     found: list[Tensor] = []
@@ -286,7 +296,28 @@ def products_with(a_P: Tensor, others: Sequence[Tensor], layout: GroupLayout, me
             found += [(product if w_P is None else product * w_P[piece]).double().sum() for w_P in weights]
     sums_GBW = np.zeros((len(layout.names), len(others), len(weights)))
     np.add.at(sums_GBW, groups, torch.stack(found).cpu().numpy().reshape(-1, len(others), len(weights)))
-    return sums_GBW.transpose(1, 2, 0)
+    sums_BWG = sums_GBW.transpose(1, 2, 0)
+    if a_P.dtype != torch.float64:
+        for w, w_P in enumerate(weights):
+            for b, group in np.argwhere(out_of_range(sums_BWG[:, w], np.array(layout.sizes), w_P is not None)):
+                sums_BWG[b, w, group] = _wide_product(a_P, others[b], w_P, layout, group)
+    return sums_BWG
+
+
+def out_of_range(sums: Array, count: Array | int, weighted: bool) -> NDArray[np.bool_]:
+    """Where sums of `count` float32 products have overflowed, or are so small that products may have underflowed."""
+    least = LEAST_WEIGHTED if weighted else LEAST_PRODUCT
+    return np.asarray(~np.isfinite(sums) | (np.abs(sums) < least * count))
+
+
+def _wide_product(a_P: Tensor, b_P: Tensor, w_P: Tensor | None, layout: GroupLayout, group: int) -> float:
+    """<a, b>_W of one parameter group, with products in float64."""
+    total = 0.0
+    for number, piece in layout.pieces(a_P.device):
+        if number == group:
+            product = a_P[piece].double() * b_P[piece].double()
+            total += float((product if w_P is None else product * w_P[piece].double()).sum())
+    return total
 
 
 def _estimates(
@@ -357,7 +388,9 @@ def second_moment_from(gradients: Sequence[Tensor], layout: GroupLayout) -> Tens
     """Second moment v (P) estimated from a few reference gradients, for a checkpoint that has none.
 
     The mean of g^2, shrunk half-way to its mean over the parameter group, because with few replicates some
-    coordinates are near zero by accident and would get an unbounded weight.
+    coordinates are near zero by accident and would get an unbounded weight. In float64 where squares overflow float32.
     """
     mean_P = torch.stack([gradient.square() for gradient in gradients]).mean(0)
+    if not torch.isfinite(mean_P).all():
+        mean_P = torch.stack([gradient.double().square() for gradient in gradients]).mean(0)
     return torch.cat([(part + part.mean()) / 2 for part in layout.split(mean_P)])

@@ -28,14 +28,20 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MOST_REPLICATES = 256
+SMALLEST, LARGEST = 1e-32, 3e38  # of an influence: float32 holds it, with six digits
 Floats = TypeVar("Floats", NDArray[np.float64], NDArray[np.float32])
 
 
-def influence_of(deleted_MWE: NDArray[np.float64], replicates: int) -> NDArray[np.float32]:
-    """psi of every sub-batch in its replicate, 0 in replicates without one: (M, W, E) -> (W, E, R)."""
+def influence_of(deleted_MWE: NDArray[np.float64], replicates: int) -> NDArray[np.float32] | NDArray[np.float64]:
+    """psi of every sub-batch in its replicate, 0 in replicates without one: (M, W, E) -> (W, E, R).
+
+    In float32; in float64 where that would not hold it (moments of gradients of a norm near 1e19 or 1e-19).
+    """
     count = len(deleted_MWE)
     psi_MWE = math.sqrt((count - 1) / count) * (deleted_MWE - deleted_MWE.mean(0))
-    return np.asarray(folded(np.moveaxis(psi_MWE, 0, -1), replicates), np.float32)
+    psi_WER = folded(np.moveaxis(psi_MWE, 0, -1), replicates)
+    most = np.abs(psi_WER).max(initial=0.0)
+    return psi_WER if most > LARGEST or 0 < most < SMALLEST else np.asarray(psi_WER, np.float32)
 
 
 def folded(psi: Floats, replicates: int) -> Floats:

@@ -172,20 +172,20 @@ class CheckpointMeasurement:
         self._check_size(batch)
         try:
             z = engine.reference(batch, seed=self._seed(m, reference))
+            streams[reference].add(m, z.block, z.block)
         except Exception as error:
             return self._failure(error)
         self._spend(reference, shared)
-        streams[reference].add(m, z.block, z.block)
         for strategy in active:
             if strategy == reference or strategy in self._failures:
                 continue
             try:
                 block = engine.block(batch, strategy, seed=self._seed(m, strategy), reference=z)
+                streams[strategy].add(m, block, z.block)
             except Exception as error:
                 self._failures[strategy] = self._failure(error)
                 continue
             self._spend(strategy, shared)
-            streams[strategy].add(m, block, z.block)
         return ""
 
     def _check_size(self, batch: object) -> None:
@@ -283,12 +283,16 @@ class CheckpointMeasurement:
                         )
                     )
                     self._spend(self.task.grid.reference, set())
-                weights[name] = optimizer_weights(second_moment_from(first, parameters.layout))
+                second_P = second_moment_from(first, parameters.layout)
             else:
                 missing = [n for n in parameters.names if n not in known]
                 if missing:
                     raise TaskError(f"second_moment gives nothing for parameter {missing[0]!r}")
-                weights[name] = optimizer_weights(parameters.flatten(known))
+                wrong = [n for n in parameters.names if not (torch.isfinite(known[n]) & (known[n] >= 0)).all()]
+                if wrong:
+                    raise NonFiniteError(f"the second moment of parameter {wrong[0]!r} is not finite, or negative")
+                second_P = parameters.flatten(known)
+            weights[name] = optimizer_weights(second_P).to(parameters.dtype)
         return Metrics(weights)
 
     def _seed(self, m: int, strategy: Strategy) -> int:

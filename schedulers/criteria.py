@@ -3,9 +3,10 @@
 C is a strategy's cost in units per sample, β the budget of one update in units (by default batch
 size times the reference's C), B the batch size. The moments are unbiased and signed, so an estimate
 of something non-negative may be negative; clamping happens here and nowhere before. A score is NaN
-where a moment is NaN and where norm_sq_ref, the estimate of ‖G‖², is not positive: there the
-reference gradient is lost in noise. `readable` gives such moments a scale, so that strategies can still
-be ranked against each other.
+where a moment is not finite, where it would be beyond float64 itself, and where norm_sq_ref, the estimate of
+‖G‖², is not positive: there the reference gradient is lost in noise. `readable` gives such moments a scale, so
+that strategies can still be ranked against each other. A strategy without any gradient, of which all is 0, gains
+nothing: its descent is 0.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from schedulers.errors import UsageError
 FloatArray = NDArray[np.float64]
 
 MOMENTS = ("bias_sq", "variance", "norm_sq", "inner", "norm_sq_ref")
+_LARGE = 1e100  # moments above it, or all below its inverse, are scaled before they are multiplied
 _SMALL_STEP = 1e-3  # step of the central differences in standard errors, where the score is smooth
 
 
@@ -98,6 +100,7 @@ def ca_mse(moments: Moments, cost: ArrayLike, *, beta: float, batch_size: int, r
 
     ( max(bias_sq, 0) + C/β · variance ) / norm_sq_ref
     """
+    moments = _scaled(moments)
     noise = np.asarray(cost, dtype=np.float64) / beta * moments.variance
     return _ratio(np.maximum(moments.bias_sq, 0) + noise, moments.norm_sq_ref, moments)
 
@@ -107,6 +110,7 @@ def descent(moments: Moments, cost: ArrayLike, *, beta: float, batch_size: int, 
 
     sign(inner) · inner² / ( (max(norm_sq, 0) + C/β · variance) · norm_sq_ref ), in [−1, 1] for exact moments.
     """
+    moments = _scaled(moments)
     noise = np.asarray(cost, dtype=np.float64) / beta * moments.variance
     return _ratio(
         _signed_square(moments.inner), (np.maximum(moments.norm_sq, 0) + noise) * moments.norm_sq_ref, moments
@@ -120,9 +124,12 @@ def descent_batch(
 
     sign(inner) · inner² / ( (max(norm_sq, 0) + variance/B) · norm_sq_ref ) · C_ref/C
     """
+    moments = _scaled(moments)
     spread = np.maximum(moments.norm_sq, 0) + moments.variance / batch_size
     cosine = _ratio(_signed_square(moments.inner), spread * moments.norm_sq_ref, moments)
-    return cosine * (reference_cost / np.asarray(cost, dtype=np.float64))
+    with np.errstate(over="ignore"):
+        score = cosine * (reference_cost / np.asarray(cost, dtype=np.float64))
+    return np.where(np.isfinite(score), score, np.nan)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -154,13 +161,14 @@ def criterion_se(
     """One standard error of a score by the delta method: √(∇ᵀ Σ ∇), ∇ as `criterion_gradient` finds it.
 
     `covariance` has the shape of the moments and a trailing (5, 5) in the order of MOMENTS: the covariance of the
-    estimates, not of single samples. NaN where the score or an entry of the covariance is NaN.
+    estimates, not of single samples. NaN where the score or an entry of the covariance is NaN, or beyond float64.
     """
     gradient = criterion_gradient(
         criterion, moments, covariance, cost, beta=beta, batch_size=batch_size, reference_cost=reference_cost
     )
-    square = np.einsum("...i,...ij,...j->...", gradient, np.asarray(covariance, dtype=np.float64), gradient)
-    return np.asarray(np.sqrt(np.maximum(square, 0)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.einsum("...i,...ij,...j->...", gradient, np.asarray(covariance, dtype=np.float64), gradient)
+    return np.asarray(np.sqrt(np.where(np.isfinite(square), np.maximum(square, 0), np.nan)))
 
 
 def criterion_gradient(
@@ -180,7 +188,7 @@ def criterion_gradient(
     thousandth of one. The two agree where they meet. NaN where the score is NaN. Raises UsageError for a `covariance`
     of another shape than `criterion_se` takes.
     """
-    chosen = get_criterion(criterion)
+    chosen, moments = get_criterion(criterion), _finite(moments)
     sigma = np.asarray(covariance, dtype=np.float64)
     if sigma.shape != (*moments.shape, len(MOMENTS), len(MOMENTS)):
         raise UsageError(f"covariance has shape {sigma.shape}; moments of shape {moments.shape} need (..., 5, 5)")
@@ -199,7 +207,8 @@ def criterion_gradient(
         up, down = value + step, value - step
         width = up - down
         moved = score(_with(moments, name, up)) - score(_with(moments, name, down))
-        gradient[..., i] = np.where(width > 0, moved / np.where(width > 0, width, 1), 0)
+        with np.errstate(over="ignore"):  # slopes beyond float64 make no standard error
+            gradient[..., i] = np.where(width > 0, moved / np.where(width > 0, width, 1), 0)
     return np.where(np.isnan(score(moments))[..., None], np.nan, gradient)
 
 
@@ -211,6 +220,29 @@ def _signed_square(x: FloatArray) -> FloatArray:
     return np.asarray(x * np.abs(x))
 
 
+def _finite(moments: Moments) -> Moments:
+    if not any(np.isinf(getattr(moments, name)).any() for name in MOMENTS):
+        return moments
+    return moments.map(lambda values: np.where(np.isinf(values), np.nan, values))
+
+
+def _scaled(moments: Moments) -> Moments:
+    """The moments, NaN where infinite, divided by a power of two where their products would leave float64.
+
+    Scores do not depend on the unit of gradients, and powers of two round nothing.
+    """
+    moments = _finite(moments)
+    size = np.fmax.reduce([np.abs(getattr(moments, name)) for name in MOMENTS])
+    extreme = (size > _LARGE) | ((size > 0) & (size < 1 / _LARGE))
+    if not extreme.any():
+        return moments
+    exponent = np.frexp(np.where(extreme, size, 0.5))[1]
+    return moments.map(lambda values: np.ldexp(values, -exponent))
+
+
 def _ratio(numerator: FloatArray, denominator: FloatArray, moments: Moments) -> FloatArray:
     known = (denominator > 0) & (moments.norm_sq_ref > 0)
-    return np.where(known, numerator / np.where(known, denominator, 1), np.nan)
+    with np.errstate(over="ignore"):
+        ratio = numerator / np.where(known, denominator, 1)
+    nothing = (numerator == 0) & (denominator == 0) & (moments.norm_sq_ref > 0)
+    return np.where(nothing, 0.0, np.where(known & np.isfinite(ratio), ratio, np.nan))

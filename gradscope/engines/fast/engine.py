@@ -25,7 +25,7 @@ from gradscope.engines.fast.terms import Part
 from gradscope.engines.flat import FlatParameters, seed_streams
 from gradscope.engines.subbatch import autocast, no_gradient
 from gradscope.errors import NonFiniteError, TaskError
-from gradscope.estimators import EUCLIDEAN, Array, Block, Metrics
+from gradscope.estimators import EUCLIDEAN, Array, Block, Metrics, out_of_range
 from gradscope.task import Task
 from gradscope.untouched import buffer_guard
 from schedulers import Strategy
@@ -53,7 +53,8 @@ class FastPerSampleEngine:
         self.metrics, self.precision = metrics, precision
         self._restore_buffers = buffer_guard(model)
         named = dict(zip(parameters.names, parameters.tensors, strict=True))
-        self._passes = Passes(model, named, _weights_by_parameter(parameters, metrics), half=precision == "bf16")
+        half = precision == "bf16" or parameters.half
+        self._passes = Passes(model, named, _weights_by_parameter(parameters, metrics), half=half)
         self._methods: dict[str, str] = {}
         groups = np.repeat(np.arange(len(parameters.layout.sizes)), _members(parameters))
         self._group_of = dict(zip(parameters.names, groups.tolist(), strict=True))
@@ -65,7 +66,7 @@ class FastPerSampleEngine:
                 raise no_gradient(name)
         block = self._block(samples, found, self.task.grid.reference)
         block = Block(block.sum_P, samples, block.squares_WG, block.squares_WG)
-        return Reference(block, {name: m.kept for name, m in found.items()})
+        return Reference(block, {name: m.kept for name, m in found.items() if m.kept is not None})
 
     def block(self, batch: Any, strategy: Strategy, *, seed: int, reference: Reference) -> Block:
         samples, found = self._moments(batch, strategy, seed, other=reference.kept)
@@ -112,6 +113,14 @@ class FastPerSampleEngine:
             raise NonFiniteError(f"the gradient is not finite under {strategy}")
         squares = self._by_group({n: m.squares_WK for n, m in found.items()})
         cross = self._by_group({n: m.cross_WK for n, m in found.items() if m.cross_WK is not None})
+        if sum_P.dtype != torch.float64 and sum_P.any():
+            for square, weight in zip(squares.sum(1), self.metrics.weights.values(), strict=True):
+                if out_of_range(square, samples * len(sum_P), weight is not None) or not np.isfinite(cross).all():
+                    size = float(sum_P.double().norm()) / samples
+                    raise NonFiniteError(
+                        f"float32 does not hold the squares of the gradient under {strategy}, of norm {size:.1g}; use "
+                        "--estimator subbatch, or scale the loss"
+                    )
         return Block(sum_P, samples, squares, cross)
 
     def _by_group(self, by_parameter: Mapping[str, Tensor]) -> Array:

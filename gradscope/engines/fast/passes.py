@@ -46,12 +46,15 @@ class Collector:
     waiting: Counter[str] = field(default_factory=Counter)
     parts: dict[str, list[Part]] = field(default_factory=dict)
     found: dict[str, Moments] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)  # those whose signal was zero wherever its samples are not known
+    samples: int = 0
     work: Workspace = field(default_factory=Workspace)
 
     def expect(self, uses: Sequence[Use], plan: Sequence[Layout | None] = (), samples: int = 0) -> None:
         """Take note of the uses that are to come, and of where their samples lie."""
         for use, layout in zip(uses, plan, strict=bool(plan)):
             use.layout = layout and Layout(samples, layout.dim, layout.major)
+        self.samples = samples
         self.waiting.update(name for use in uses for name in use.names)
         # Gradients of derived tensors need autograd again: not from inside a backward pass.
         self.waiting.update(name for use in uses for s in use.sources if s.derived for name in s.names)
@@ -59,6 +62,7 @@ class Collector:
     def receive(self, use: Use, signal: Tensor) -> None:
         if use.layout is None:
             if not bool((signal != 0).any()):
+                self.silent.update(use.names)
                 return
             raise Undetermined
         by_tensor = {id(source.tensor): source for source in use.sources}
@@ -73,6 +77,10 @@ class Collector:
     def finish(self) -> dict[str, Moments]:
         for name in list(self.parts):
             self._finish(name)
+        for name in self.silent - self.found.keys():
+            parameter, metrics = self.parameters[name], len(self.weights[name])
+            zeros_WK = parameter.new_zeros(metrics, self.samples, dtype=torch.float64)
+            self.found[name] = Moments(wide(torch.zeros_like(parameter)).flatten(), zeros_WK, None, "reduced", None)
         return self.found
 
     def _finish(self, name: str) -> None:
@@ -254,6 +262,8 @@ class Passes:
 
             def receive(use: Use, signal: Tensor) -> None:
                 nonlocal reached
+                if not bool(torch.isfinite(signal).all()):
+                    raise NonFiniteError("the gradient is not finite")
                 if bool((signal != 0).any()):
                     reached = True
                     use.layout = find_layout(signal, chosen_K)

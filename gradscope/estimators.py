@@ -51,6 +51,7 @@ PIECE = 128 * SKETCH_SIZE  # half a megabyte of float32; whole rows of the sketc
 # Mean product from which a sum of float32 products is right to six digits: single ones underflow at 1e-38, and
 # weights go up to 1e8 (`optimizer_weights`).
 LEAST_PRODUCT, LEAST_WEIGHTED = 1e-32, 1e-24
+MOST_SQUARE = 1e140  # of a gradient, so that the squares of moments, which standard errors need, stay in float64
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,16 @@ class GradientStream:
         return cls(layout, metrics, sketch, zeros_P, {})
 
     def add(self, number: int, block: Block, reference: Block) -> None:
-        """Take in sub-batch `number`; `reference` is the reference's block on it (its own for the reference)."""
+        """Take in sub-batch `number`; `reference` is the reference's block on it (its own for the reference).
+
+        Raises NonFiniteError for a gradient that is too large for moments.
+        """
         own, both = block.squares_WG, block.cross_WG
         if block.terms > 1:
             own, both = products_with(block.sum_P, [block.sum_P, reference.sum_P], self.layout, self.metrics)
         sketch = self.sketch(block.sum_P, self.metrics).numpy()
-        if not np.isfinite(sketch).all():
-            raise NonFiniteError(f"the gradient, up to {float(block.sum_P.abs().max()):.1g}, is too large to add up")
+        if not (np.isfinite(sketch).all() and (block.squares_WG <= MOST_SQUARE).all() and (own <= MOST_SQUARE).all()):
+            raise NonFiniteError(f"the gradient, up to {float(block.sum_P.abs().max()):.1g}, is too large for moments")
         self.records[number] = BlockRecord(block.terms, block.squares_WG, block.cross_WG, own, both, sketch)
         self.sum_P += block.sum_P.to(self.sum_P.device)
 

@@ -79,8 +79,8 @@ class Stepper:
     def step(self, step: int, fraction: float, strategy: Strategy, views: Sequence[Tensor]) -> tuple[float, float]:
         """Take step number `step` at `fraction` of the budget: the mean loss over all ranks, and the learning rate.
 
-        `views` are those of `part`. Raises NonFiniteError, on all ranks, for a loss that is NaN or infinite on one; the
-        optimizer has moved nothing then.
+        `views` are those of `part`. Raises NonFiniteError, on all ranks, for a loss that is NaN or infinite on one, and
+        for a gradient that is; the optimizer has moved nothing then.
         """
         config, model = self.config, self.model
         lr = config.learning_rate(fraction)
@@ -95,6 +95,11 @@ class Stepper:
             raise NonFiniteError(
                 f"step {step}: the loss is {value} under {strategy}; lower --lr (now {config.lr:g}) or "
                 "lengthen the warm-up"
+            )
+        if not all_finite(p.grad for p in model.parameters() if p.grad is not None):
+            raise NonFiniteError(
+                f"step {step}: the gradient is not finite under {strategy}, though the loss is {value:.4g}; lower --lr "
+                f"(now {config.lr:g}) or use --precision float32"
             )
         if config.clip:
             clip_each(model.parameters(), config.clip)
@@ -171,6 +176,13 @@ def new_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -
         fused=True if device.type == "cuda" else None,
     )
     return optimizer, [name for name, _ in (*decayed, *rest)]
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number of the tensors is NaN or infinite."""
+    some = [tensor for tensor in tensors if tensor.numel()]
+    return not some or bool(torch.stack(torch._foreach_norm(some, math.inf)).isfinite().all())
 
 
 @torch.no_grad()

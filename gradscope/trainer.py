@@ -274,9 +274,13 @@ class _Run:
         begun = time.monotonic()
         if not self.ranks.first:
             return 0.0
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        kept = {f"parameter or buffer {name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.stepper.optimizer.state.get(parameter, {}).items():
+                kept[f"the optimizer's {key} of {name}"] = value
+        if wrong := [what for what, value in kept.items() if not bool(torch.isfinite(value).all())]:
             raise NonFiniteError(
-                f"step {self.state.step}: a parameter is no longer finite; lower --lr; nothing was saved"
+                f"step {self.state.step}: {wrong[0]} is no longer finite; lower --lr; nothing was saved"
             )
         self.log.write()
         content = {

@@ -286,12 +286,20 @@ class Problem:
         if not empty.size:
             return
         at = empty[0] / len(score) if self.speeds is None else float(self.speeds.progress[empty[0]])
+        lost = self.profile.progress[~np.isfinite(self.profile.scores(self.criterion, self.profile.progress)[0]).any(1)]
+        passed = self.mode == "fraction" and 0 < lost.size < self.profile.progress.size
+        where = f"the profiled progress {_listed(lost)}" if lost.size else f"progress {at:g}"
         raise UsageError(
-            f"the profile gives no {self.criterion.name} score for any strategy at progress {at:g}"
-            f"{f' and {empty.size - 1} more' if empty.size > 1 else ''} (metric {self.profile.metric}, costs "
-            f"{self.profile.cost_model}): cells or costs are missing there, or the reference gradient is lost in "
-            "noise; profile more cells or more samples"
+            f"the profile gives no {self.criterion.name} score for any strategy at {where} (metric "
+            f"{self.profile.metric}, costs {self.profile.cost_model}): cells or costs are missing there, or the "
+            "reference gradient is zero or lost in noise; profile more cells or more samples there"
+            f"{', or use progress by trajectory, which passes over such points' if passed else ''}"
         )
+
+
+def _listed(points: FloatArray) -> str:
+    more = f" and {points.size - 5} more" if points.size > 5 else ""
+    return ", ".join(f"{point:g}" for point in points[:5]) + more
 
 
 def _weights(exploration: float, explored: NDArray[np.bool_], strategies: int) -> FloatArray:

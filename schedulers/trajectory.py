@@ -127,12 +127,14 @@ def speeds(profile: Profile, criterion: str | Criterion) -> Speeds:
     if not np.isfinite(profile.scores(chosen, profile.progress)[0]).any():
         raise UsageError(
             f"the profile gives no {chosen.name} score at any progress (metric {profile.metric}, costs "
-            f"{profile.cost_model}): cells or costs are missing; profile them first"
+            f"{profile.cost_model}): cells or costs are missing, or the reference gradient is zero or lost in noise; "
+            "profile more cells or more samples"
         )
     if not there.any():
         raise UsageError(
             f"the {chosen.name} score of the profiled run itself is not above 0 at any progress (metric "
-            f"{profile.metric}): the reference gradient is lost in noise, so nothing can be said of relative speeds; "
+            f"{profile.metric}): the reference gradient is zero or lost in noise, so nothing can be said of relative "
+            "speeds; "
             "profile more samples, or use progress='fraction'"
         )
     speed = gains(profile, chosen)[0][there] / gain_T[there, None]

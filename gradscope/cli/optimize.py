@@ -396,8 +396,8 @@ def _doubt_lines(plan: Schedule, profile: Profile, wishes: Sequence[Wish]) -> li
     ]
     if profile.influence is None:
         lines.append(
-            "the cube does not keep what cells share (an older version made it): their errors count as independent, "
-            "which overstates doubt; profile again to know better"
+            "the cube does not keep what cells share (an older version made it, or some gradients are too large or "
+            "small for it): their errors count as independent, which overstates doubt; profile again to know better"
         )
     regret = plan.predicted.get("regret", 0.0)
     what = "progress" if plan.progress_mode == "trajectory" else "mean score"

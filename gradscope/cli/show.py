@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gradscope.cli.console import Json, emit, table
+
+FAILURES = 10  # failed cells that are named
 
 
 def register(app: typer.Typer) -> None:
@@ -47,6 +50,7 @@ def _show_cube(file: Path) -> tuple[dict[str, Any], list[str]]:
         "batch_size": int(cube.attrs["batch_size"]), "samples": int(cube["n_samples"].max()),
         "samples_least": int(cube["n_samples"].where(status == DONE).min()) if (status == DONE).any() else 0,
         "estimator": cube.attrs.get("engine", ""), "units": float(cube.attrs.get("units", 0.0)),
+        "failures": json.loads(cube.attrs.get("failures_json", "{}")),
     }  # fmt: skip
     lines = [
         f"cube: {facts['done']} of {facts['cells']} cells done, {facts['failed']} failed; K "
@@ -55,7 +59,10 @@ def _show_cube(file: Path) -> tuple[dict[str, Any], list[str]]:
     ]
     lines += [f"progress: {', '.join(f'{p:.3g}' for p in cube['progress'].values)}"]
     lines += [f"{name}: {', '.join(map(str, values))}" for name, values in grid.axes.items()]
-    return facts, [*lines, f"reference: {grid.reference}"]
+    lines += [f"reference: {grid.reference}"]
+    failed = [f"failed: {cell}: {why}" for cell, why in facts["failures"].items()]
+    more = [f"and {len(failed) - FAILURES} more; --json has them all"] if len(failed) > FAILURES else []
+    return facts, [*lines, *failed[:FAILURES], *more]
 
 
 def _show_schedule(file: Path) -> tuple[dict[str, Any], list[str]]:

@@ -158,9 +158,7 @@ class PerSampleEngine:
                 raise no_gradient(name)
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
-        return len(a) == 0 or bool(
-            (a - b).abs().max() <= self.tolerance * torch.maximum(a.abs(), b.abs()).max()
-        )
+        return len(a) == 0 or bool((a - b).abs().max() <= self.tolerance * torch.maximum(a.abs(), b.abs()).max())
 
     def _compare(self, losses: Tensor, others: Tensor) -> None:
         if not self._same(losses, others):

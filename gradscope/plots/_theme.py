@@ -166,9 +166,9 @@ def number(value: float, digits: int = 3) -> str:
 def with_error(value: float, error: float) -> str:
     """`0.0123 ± 0.0004`: as many digits as one standard error supports (two where it starts with 1).
 
-    NaN gives "not measured"; an error that is NaN or zero is left out.
+    NaN gives "not measured"; an error that is NaN, zero or no more than the value's rounding is left out.
     """
-    if not math.isfinite(value) or not math.isfinite(error) or error <= 0:
+    if not math.isfinite(value) or not math.isfinite(error) or error <= 1e-12 * abs(value):
         return number(value)
     exponent = math.floor(math.log10(error))
     decimals = -exponent + (1 if error / 10.0**exponent < 1.95 else 0)

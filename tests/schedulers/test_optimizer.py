@@ -234,11 +234,13 @@ def test_a_strategy_of_unknown_cost_is_never_chosen(raw, raw_profile) -> None:
 
 
 def test_a_profile_without_measurements_says_so(raw, raw_profile) -> None:
-    with pytest.raises(UsageError, match=r"no raw score .* at the profiled progress 0, 0\.25, 0\.5, 0\.75 .* profile more"):
+    with pytest.raises(UsageError, match=r"no raw .* the profiled progress 0, 0\.25, 0\.5, 0\.75 .* profile more"):
         optimize(raw_profile(np.full((4, 4), np.nan)), BUDGET, criterion=raw, slices=4)
     loss = np.zeros((4, 4))
     loss[2] = np.nan
-    with pytest.raises(UsageError, match=r"any strategy at progress 0.5 \(metric euclidean, costs tokens\)"):
+    with pytest.raises(
+        UsageError, match=r"any strategy at the profiled progress 0.5 \(metric euclidean, costs tokens\)"
+    ):
         optimize(raw_profile(loss), BUDGET, criterion=raw, slices=4)
 
 

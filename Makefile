@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs clean
+.PHONY: help venv demo test lint docs oldest newest audit clean
 
 help:
 	@echo "make demo    train, profile, optimize and plot at small size: minutes on a laptop"
@@ -13,6 +13,8 @@ help:
 	@echo "make lint    ruff (rules and format) and mypy"
 	@echo "make docs    documentation, notebooks with their figures and API reference in build/docs (SHORT=1: tiny runs)"
 	@echo "make venv    create $(VENV) with gradscope and the development tools"
+	@echo "make oldest  the tests under the oldest versions allowed (gigabytes: CUDA builds of torch); newest likewise"
+	@echo "make audit   look the tested versions up among known vulnerabilities (needs the network)"
 	@echo "make clean   remove $(VENV), caches and build outputs"
 	@echo "             PYTHON=python3.12 picks the interpreter that creates $(VENV)"
 
@@ -55,6 +57,19 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs
 	$(if $(SHORT),GRADSCOPE_SHORT=1) $(BIN)/python docs/pages.py
+
+# Other versions may warn of what is to come; oracles, integrations and notebooks are left to the tested ones.
+oldest newest:
+	$(PYTHON) -m venv build/$@
+	build/$@/bin/python -m pip install --quiet --upgrade $(if $(filter oldest,$@),-c constraints-oldest.txt) -e . \
+		pytest pytest-xdist hypothesis
+	build/$@/bin/python -m pytest -o filterwarnings=default --numprocesses auto --maxprocesses 4 \
+		--dist worksteal $(ARGS)
+
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -35,13 +35,21 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; `content` holds tensors and plain values under the names of REQUIRED."""
+    """Write a checkpoint atomically; `content` holds tensors and plain values under the names of REQUIRED.
+
+    Raises WriteError where that cannot be; a file of that name is then as it was.
+    """
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as stream:  # an open file, so that the archive does not carry the temporary name
-            torch.save({"format": FORMAT, **content}, stream)
+        with temporary.open("wb") as stream:
+            write_checkpoint(stream, content)
 
     write_atomically(path, write)
+
+
+def write_checkpoint(stream: BinaryIO, content: dict[str, Any]) -> None:
+    """Write a checkpoint to an open file, so that the archive carries no file's name."""
+    torch.save({"format": FORMAT, **content}, stream)
 
 
 def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -100,7 +108,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files that a killed run left in its folder."""
     written = r"(step-\d+\.pt|resume\.pt|log\.jsonl|config\.toml|followed\.json|\.log\.jsonl\.probe)"
     for path in folder.glob(".*") if folder.is_dir() else ():
-        if re.fullmatch(rf"\.{written}\.\d+\.tmp|\.log\.jsonl\.probe", path.name):
+        if re.fullmatch(rf"\.{written}\.([0-9a-f]{{8}}\.)?\d+\.tmp|\.log\.jsonl\.probe", path.name):
             path.unlink(missing_ok=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, UsageError
+from schedulers.errors import GradscopeError, InfeasibleError, ScheduleError, UsageError, WriteError
 
 
 class DataError(GradscopeError):
@@ -54,4 +54,5 @@ __all__ = [
     "ScheduleError",
     "TaskError",
     "UsageError",
+    "WriteError",
 ]

@@ -11,12 +11,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from gradscope.errors import BusyError, GradscopeError
+from gradscope.errors import BusyError, WriteError
+from gradscope.files import alive, remove_temporaries
 
 
 @contextlib.contextmanager
 def sole_writer(output: Path, *, folder: bool = False) -> Iterator[None]:
     """While in the context, no other process that asks for it too writes `output`, a file or a `folder`.
+
+    What killed processes left half written of a file is removed.
 
     The lock is the operating system's, on a hidden file `.<name>.lock` beside a file or `.lock` in a folder. It goes
     with the process, however that ends; the file stays, empty, and means nothing by itself. Where a file system has no
@@ -24,7 +27,7 @@ def sole_writer(output: Path, *, folder: bool = False) -> Iterator[None]:
 
     Raises:
         BusyError: another process has it; the message names host, process, command and since when.
-        GradscopeError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -35,19 +38,17 @@ def sole_writer(output: Path, *, folder: bool = False) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         if not path.is_file():
-            raise GradscopeError(f"{output}: cannot be written; choose a folder you may write to") from None
+            raise WriteError(f"{output}: cannot be written; choose a folder you may write to") from None
         if not os.access(path, os.R_OK | os.W_OK):
-            raise GradscopeError(
-                f"{output}: {path} belongs to somebody else; remove it or choose another name"
-            ) from None
+            raise WriteError(f"{output}: {path} belongs to somebody else; remove it or choose another name") from None
         raise BusyError(f"{output}: is being written by {_holder(path)}; wait for it or stop it") from None
     except OSError as error:
-        raise GradscopeError(
-            f"{output}: cannot be written ({error.strerror or error}); choose a folder you may write to"
-        ) from error
+        raise WriteError.of(output, error) from error
     try:
         with contextlib.suppress(OSError):  # a name is a courtesy
             path.write_text(json.dumps(_me()), encoding="utf-8")
+        if not folder:
+            remove_temporaries(output, all_hosts=True)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -65,17 +66,7 @@ def _holder(path: Path) -> str:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {int(held['pid'])} on {held['host']} since {held['since']} ({held['command']})"
-        gone = held["host"] == socket.gethostname() and not _alive(int(held["pid"]))
+        gone = held["host"] == socket.gethostname() and not alive(int(held["pid"]))
     except (OSError, ValueError, KeyError, TypeError):
         return f"another process (see {path})"
     return f"{who}, which is gone: {path} is a left-over that may be removed" if gone else who
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -54,6 +54,10 @@ class Plan(Protocol):
         """Take up its part of a checkpoint. Raises CheckpointError for another plan's."""
         ...
 
+    def keep(self) -> None:
+        """Write what a checkpoint needs beside it, on the first rank. Raises WriteError where that cannot be."""
+        ...
+
     def begin(self, out: Path) -> None:
         """Write what belongs beside a run from its start, on the first rank."""
         ...
@@ -110,6 +114,9 @@ class OfflinePlan:
         if "online" in content or Schedule.from_json(content["schedule"]).stages != self.schedule.stages:
             raise CheckpointError(f"{path.parent}: holds a run with another schedule; choose another --out")
 
+    def keep(self) -> None:
+        return
+
     def begin(self, out: Path) -> None:
         write_text(out / FOLLOWED_FILE, self.schedule.to_json())
 
@@ -136,8 +143,6 @@ class OnlinePlan:
         config = setting.config
         self.task = TrainingTask(setting, device=device)
         self.rule, self.out, self.ranks = rule, out, ranks
-        if ranks.first:
-            out.mkdir(parents=True, exist_ok=True)
         self.controller = AdaptiveController(
             self.task,
             model,
@@ -187,7 +192,6 @@ class OnlinePlan:
         return self.controller.spent - before, row
 
     def content(self) -> dict[str, Any]:
-        self.controller.write_cube()  # a run that is continued finds its measurements beside the checkpoint
         return {"schedule": self.controller.schedule().to_json(), "online": self.controller.state_dict()}
 
     def load(self, content: Mapping[str, Any], path: Path) -> None:
@@ -199,10 +203,13 @@ class OnlinePlan:
             raise CheckpointError(f"{path.parent}: {error}, or choose another --out") from error
         self._told = len(self.controller.probes)
 
+    def keep(self) -> None:
+        self.controller.write_cube(must=True)  # a run that is continued finds its measurements beside the checkpoint
+
     def begin(self, out: Path) -> None:
         (out / FOLLOWED_FILE).unlink(missing_ok=True)  # of an earlier run: this one is known at its end
 
     def finish(self, out: Path) -> None:
-        self.controller.write_cube()
+        self.keep()
         write_text(out / FOLLOWED_FILE, self.controller.schedule().to_json())
         save_schedule(self.controller.schedule(), out / SCHEDULE_FILE)

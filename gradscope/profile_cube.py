@@ -31,6 +31,7 @@ from gradscope.cube import (
 from gradscope.cube_costs import keep_costs
 from gradscope.errors import CubeError, TaskError
 from gradscope.estimators import Estimates
+from gradscope.files import Saves
 from gradscope.influence import MOST_REPLICATES, common_replicates
 from gradscope.measuring import Conditions
 from gradscope.merge import copy_cells
@@ -74,6 +75,7 @@ class ProfileCube:
         self.written: set[tuple[int, ...]] = set()  # cells of this call, and those of them that were there before
         self.rewritten: set[tuple[int, ...]] = set()
         self._unsaved, self._saved, self._save_seconds = False, time.monotonic(), 0.0
+        self._saves = Saves()
         self._task_digest = task_digest(task)
 
     @property
@@ -207,12 +209,17 @@ class ProfileCube:
         return engine
 
     def save_when_due(self, units: float) -> None:
-        """Save what is not saved, at most every SAVE_SECONDS; `units` spent by this profile so far."""
+        """Save what is not saved, at most every SAVE_SECONDS; `units` spent by this profile so far.
+
+        One that cannot be written is told, and made up for by the next. Raises WriteError when none could for long.
+        """
         pause = max(SAVE_SECONDS, SAVE_SHARE * self._save_seconds)
         if self._unsaved and time.monotonic() - self._saved > pause:
-            self.save(units)
+            self._saves.attempt(lambda: self.save(units))
+            self._saved = time.monotonic()
 
     def save(self, units: float) -> None:
+        """Write the file. Raises WriteError where that cannot be."""
         started = time.monotonic()
         self.cube.attrs["units"] = self.units_before + units
         self.cube.attrs["races_json"] = self.book.text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -64,7 +65,7 @@ class Progress:
         self.shown = now
         done = fraction - self.first
         left = f"  eta {_minutes((1 - fraction) * (now - self.started) / done)}" if done > 0 else ""
-        print(f"{time.strftime('%H:%M:%S')} {self.title} {fraction:4.0%}  {text}{left}", file=sys.stderr, flush=True)
+        say(f"{time.strftime('%H:%M:%S')} {self.title} {fraction:4.0%}  {text}{left}")
 
     def note(self, text: str) -> None:
         """A line of its own that stays, whenever it comes; also without a bar."""
@@ -74,7 +75,15 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)  # type: ignore[attr-defined]
             return
-        print(line, file=sys.stderr, flush=True)
+        say(line)
+
+
+def say(line: str) -> None:
+    """Write a line to stderr; where that cannot be (a full disk, a closed pipe), it is lost and nothing stops."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{line}\n")  # in one piece, for lines come from several threads
+            sys.stderr.flush()
 
 
 def _minutes(seconds: float) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gradscope.errors import UsageError
+from gradscope.errors import UsageError, WriteError
 from gradscope.files import write_text
+from gradscope.progress import say
 
 COUNTED = ("step", "units", "samples", "seconds")  # what rows have as numbers
 LOG_FILE = "log.jsonl"
@@ -32,15 +33,12 @@ class RunLog:
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if self._make_events is not None:
-            self._events = self._events or self._make_events(self.out / "tensorboard")
-            for name in SCALARS:
-                if name in row:
-                    self._events.add_scalar(name, row[name], row["step"])
+            self._with_events(lambda events: _add_scalars(events, row))
 
     def write(self) -> None:
         write_text(self.out / LOG_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
         if self._events is not None:
-            self._events.flush()
+            self._with_events(lambda events: events.flush())
 
     def load(self, rows: Iterable[dict[str, Any]]) -> None:
         """Take up the rows of an earlier part of the run."""
@@ -48,7 +46,18 @@ class RunLog:
 
     def close(self) -> None:
         if self._events is not None:
-            self._events.close()
+            self._with_events(lambda events: events.close())
+
+    def _with_events(self, action: Callable[[Any], None]) -> None:
+        """Do something with the event files. Where they cannot be written there are no more of them; that is told."""
+        assert self._make_events is not None
+        folder = self.out / "tensorboard"
+        try:
+            self._events = self._events or self._make_events(folder)
+            action(self._events)
+        except OSError as error:
+            say(f"warning: {WriteError.of(folder, error)}; going on without event files, {LOG_FILE} has the numbers")
+            self._make_events = self._events = None
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -69,6 +78,12 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         raise UsageError(
             f"{path}: not a training log of gradscope ({error}); remove it or name another folder"
         ) from error
+
+
+def _add_scalars(events: Any, row: dict[str, Any]) -> None:
+    for name in SCALARS:
+        if name in row:
+            events.add_scalar(name, row[name], row["step"])
 
 
 def _writer() -> Callable[[Path], Any]:

@@ -6,6 +6,7 @@ alone, so a run that was stopped continues to the same parameters, bit for bit o
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -17,13 +18,20 @@ from typing import Any
 
 import torch
 
-from gradscope.checkpoints import checkpoint_path, list_steps, load_checkpoint, remove_leftovers, save_checkpoint
+from gradscope.checkpoints import (
+    checkpoint_path,
+    list_steps,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+    write_checkpoint,
+)
 from gradscope.config import Setting, config_of, open_setting
 from gradscope.data import Ahead, ImageData
 from gradscope.engines import derive_seed
 from gradscope.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
 from gradscope.evaluation import dataset_features, knn_accuracy
-from gradscope.files import check_writable, write_text
+from gradscope.files import Saves, check_writable, write_bytes, write_text
 from gradscope.locks import sole_writer
 from gradscope.methods import Method
 from gradscope.plans import OfflinePlan, OnlinePlan, Plan
@@ -110,7 +118,7 @@ def train(
     what it ran. `ranks` each call this with the same arguments; the first one writes. `tell` gets what a
     run decides by itself, in one line each. Raises InfeasibleError when the budget does not pay for one step,
     CheckpointError when `out` holds another run, BusyError while another process writes there, NonFiniteError when the
-    loss is, Interrupted on a signal, after saving.
+    loss is, Interrupted on a signal, after saving, WriteError when the last save fails, or all along the way for long.
     """
     run = _Run(
         setting, schedule, out, device or torch.device("cpu"), report or (lambda fraction, text: None),
@@ -153,6 +161,7 @@ class _Run:
         self.state.units = self.plan.units
         self.costs = {strategy: self.model.cost(strategy) for strategy in self.plan.strategies}
         self.log = RunLog(out, tensorboard=options.tensorboard and ranks.first)
+        self.saves, self.late = Saves(), dict[Path, memoryview]()  # checkpoints that are still to be written
         self.order = lru_cache(maxsize=2)(lambda epoch: setting.shuffled(epoch, self.config.seed))
 
     def begin(self) -> None:
@@ -206,7 +215,7 @@ class _Run:
                 return
             signal = self.ranks.agree("step and strategy", (state.step, _number(strategy)), highest=stop.signal or 0)
             if signal or time.monotonic() - saved > max(SAVE_SECONDS, SAVE_SHARE * took):
-                took = self._save(self.out / RESUME_FILE)
+                took = self._save(self.out / RESUME_FILE, must=bool(signal))
                 started, saved = started + took, time.monotonic()
                 if signal:  # that all ranks agreed on; one that came since then waits for the next step
                     raise Interrupted(
@@ -228,7 +237,7 @@ class _Run:
             if _passed(config.evaluations, before, self.fraction):
                 started += self._evaluate()
             if _passed(config.checkpoints, before, self.fraction):
-                started += self._save(checkpoint_path(self.out, state.step))
+                started += self._save(checkpoint_path(self.out, state.step), must=False)
 
     def _prepare(self, step: int) -> Any:
         """The CPU's part of this rank's views of a step: the data position is a function of the step alone."""
@@ -269,8 +278,11 @@ class _Run:
         if "loss" in values:
             self.report(self.fraction, f"{values['strategy']}  loss {values['loss']:.3f}  {rate:.0f} samples/s")
 
-    def _save(self, path: Path) -> float:
-        """Write a checkpoint, on the first rank; returns the seconds it took."""
+    def _save(self, path: Path, *, must: bool = True) -> float:
+        """Write a checkpoint, on the first rank; returns the seconds it took.
+
+        Unless it `must` be now, one that cannot be written is told, and written before the next one.
+        """
         begun = time.monotonic()
         if not self.ranks.first:
             return 0.0
@@ -282,7 +294,6 @@ class _Run:
             raise NonFiniteError(
                 f"step {self.state.step}: {wrong[0]} is no longer finite; lower --lr; nothing was saved"
             )
-        self.log.write()
         content = {
             **self.state.values(),
             "config": self.config.to_dict(),
@@ -294,11 +305,28 @@ class _Run:
             "log": json.dumps(self.log.rows),
             "rng": torch.get_rng_state(),
         }
-        save_checkpoint(path, content)
+
+        def write() -> None:
+            self.plan.keep()
+            self._write_late()
+            self.log.write()
+            save_checkpoint(path, content)
+
+        if must:
+            write()
+        elif not self.saves.attempt(write) and path.name != RESUME_FILE:
+            stream = io.BytesIO()
+            write_checkpoint(stream, content)
+            self.late[path] = stream.getbuffer()
         if self.options.keep is not None:
             for old in list_steps(self.out)[: -self.options.keep]:
                 old.unlink()
         return time.monotonic() - begun
+
+    def _write_late(self) -> None:
+        for path in list(self.late):
+            write_bytes(path, self.late[path])
+            del self.late[path]
 
     def _resume(self) -> None:
         """Load the furthest checkpoint of `out`, after checking that it belongs to this run."""

@@ -41,11 +41,14 @@ class Sources:
         logs = [*Path().glob(LOG_FILE), *sorted(Path().glob(f"*/{LOG_FILE}"))]
         return [log.parent for log in logs if any(log.parent.glob("step-*.pt"))]
 
-    def stamp(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, time of the last change and size of every file there is: equal where nothing was written."""
+    def stamp(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Name, inode, time of the last change and size of every file there is: equal where nothing was written.
+
+        A file that is replaced has another inode, also where a clock was set back and the time is the same again.
+        """
         files = [self.cube, self.schedule_path(), *(folder / LOG_FILE for folder in self.run_folders())]
         found = [(file, file.stat()) for file in files if file is not None and file.is_file()]
-        return tuple((str(file), status.st_mtime_ns, status.st_size) for file, status in found)
+        return tuple((str(file), status.st_ino, status.st_mtime_ns, status.st_size) for file, status in found)
 
     def missing(self) -> list[Path]:
         """The files that were named and are not there, the cube among them."""
@@ -117,7 +120,7 @@ def watch_report(sources: Sources, out: Path, *, title: str, every: float, say: 
 
     if not 1 <= every <= LONGEST:
         raise UsageError(f"--interval {every:g}: from 1 second to a day ({LONGEST:,})")
-    seen: tuple[tuple[str, int, int], ...] | None = None
+    seen: tuple[tuple[str, int, int, int], ...] | None = None
     good, told = dict[str, Any](), ""
     with StopFlag() as stop:
         while stop.signal is None:

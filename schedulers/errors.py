@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,18 @@ class UsageError(GradscopeError, ValueError):
 
 class ScheduleError(GradscopeError, ValueError):
     """A schedule (file or value) is not valid; the message names the field."""
+
+
+class WriteError(GradscopeError):
+    """A file that could not be written; what stood there before is as it was."""
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], error: OSError) -> WriteError:
+        """The error in one line: the file, the system's reason, the cure."""
+        reason = error.strerror or str(error).splitlines()[0][:80]
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "choose a folder with room, or make room and run the same command again" if full else "choose a folder"
+        return cls(f"{os.fspath(path)}: cannot be written ({reason}); {cure}{'' if full else ' you may write to'}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from schedulers.counts import exact
-from schedulers.errors import GradscopeError, ScheduleError, UsageError
+from schedulers.errors import ScheduleError, UsageError, WriteError
 from schedulers.fields import Fields, parse_json
 from schedulers.mixing import draw_from
 from schedulers.stage import Stage as Stage  # part of this module for those who build schedules
@@ -264,7 +264,7 @@ def load_schedule(path: str | os.PathLike[str]) -> Schedule:
 def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     """Write a schedule file whole or not at all: a temporary sibling, fsync, rename.
 
-    Raises GradscopeError when the folder is missing or cannot be written.
+    Raises WriteError when the folder is missing or cannot be written.
     """
     target = Path(path)
     text = schedule.to_json()
@@ -276,8 +276,7 @@ def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        reason = error.strerror or error
-        raise GradscopeError(f"{target}: cannot be written ({reason}); choose a folder you may write to") from None
+        raise WriteError.of(target, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

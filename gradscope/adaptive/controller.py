@@ -24,7 +24,7 @@ from gradscope.adaptive.probe import (
     run_probe,
 )
 from gradscope.checks import reason
-from gradscope.errors import GradscopeError, InfeasibleError, Interrupted, RankError, TaskError, UsageError
+from gradscope.errors import GradscopeError, InfeasibleError, Interrupted, RankError, TaskError, UsageError, WriteError
 from gradscope.measuring import SECOND_MOMENT_REPLICATES
 from gradscope.profile_options import ESTIMATORS
 from gradscope.ranks import Ranks, current_ranks
@@ -271,15 +271,15 @@ class AdaptiveController:
         """What was run up to now, as a schedule; its last stage lasts to the end of the budget."""
         return self.policy.schedule(self.spent)
 
-    def write_cube(self) -> None:
+    def write_cube(self, *, must: bool = False) -> None:
         """Write all measurements to the file `cube`, on the first rank.
 
         Done by itself from time to time and when the budget is spent; before a checkpoint is saved it keeps both
-        together. A file that cannot be written is told and changes nothing.
+        together. A file that cannot be written is told and changes nothing; with `must` a WriteError is raised.
         """
         if self.cube is not None and self.ranks.first:
             rows = self._rows_of(self.cube)
-            self._write(lambda: rows.save(self))
+            self._write(lambda: rows.save(self), must=must)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decisions depend on, as plain values; `torch.load(weights_only=True)` and JSON keep it."""
@@ -360,12 +360,14 @@ class AdaptiveController:
             probe.error,
         )
 
-    def _write(self, action: Callable[[], None]) -> None:
+    def _write(self, action: Callable[[], None], *, must: bool = False) -> None:
         try:
             action()
         except (Interrupted, RankError):
             raise
         except Exception as error:  # whatever it is, no training dies of it
+            if must and isinstance(error, WriteError):
+                raise
             self.report(f"{self.cube} could not be written ({reason(error)}); training goes on")
 
     def _rows_of(self, path: Path) -> ProbeRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,12 +51,20 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.", envvar="GR
 
 
 def emit(values: dict[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
-    """Print one JSON object or the lines."""
+    """Print one JSON object or the lines. Raises WriteError where standard output is a file on a full disk."""
+    from gradscope.errors import WriteError
+
     if as_json:
-        print(json.dumps({"schema_version": 1, **values}, allow_nan=False))
-    else:
+        lines = [json.dumps({"schema_version": 1, **values}, allow_nan=False)]
+    try:
         for line in lines:
             print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still held back has nowhere to go
+        raise WriteError.of("standard output", error) from error
 
 
 def open_device(name: str) -> torch.device:
@@ -133,4 +142,6 @@ def complete(text: str, reference: Strategy) -> Strategy:
 
 def note(text: str) -> None:
     """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    from gradscope.progress import say
+
+    say(text)

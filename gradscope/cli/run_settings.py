@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,8 @@ def make_config(
         values[key] = _as_tuple(read) if isinstance(types[key], tuple) else read
     values = {**kept, **values}
     if values.get("data", DATASETS[0]) not in DATASETS:
-        values["data"] = str(Path(values["data"]).expanduser().resolve())  # the run may be continued from elsewhere
+        # the run may be continued from elsewhere
+        values["data"] = str(Path(os.path.expanduser(values["data"])).resolve())
     if (
         values.get("model", "demo") == "demo"
         and "patch" not in values

@@ -20,14 +20,19 @@ COMPRESSED = {"zlib": True, "complevel": 1}  # for the one large variable; mostl
 
 
 def save_cube(cube: xr.Dataset, groups: xr.Dataset | None, path: Path) -> None:
-    """Write the cube's file atomically; `digest_of` of the result identifies its numbers."""
+    """Write the cube's file atomically; `digest_of` of the result identifies its numbers.
+
+    Raises WriteError where that cannot be; the file is then as it was.
+    """
     tree = xr.DataTree.from_dict(
         {"/": cube.drop_encoding(), **({"/param_groups": groups.drop_encoding()} if groups is not None else {})}
     )
     encoding = {"/": {"influence": COMPRESSED}} if "influence" in cube else None
+    # in memory first: HDF5's own writer takes the process with it when the disk is full
+    content = tree.to_netcdf(None, engine=ENGINE, write_inherited_coords=True, encoding=encoding)
 
     def write(temporary: Path) -> None:
-        tree.to_netcdf(temporary, engine=ENGINE, write_inherited_coords=True, encoding=encoding)
+        temporary.write_bytes(content)
         seal(temporary)
 
     write_atomically(path, write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from gradscope.data.fashion_mnist import fashion_mnist, fashion_mnist_10k
@@ -31,7 +32,7 @@ def load_data(name: str, folder: Path | None = None, *, image_size: int | None =
     if name in DATASETS:
         data = fashion_mnist(folder) if name == "fashion-mnist" else fashion_mnist_10k()
         return data if image_size in (None, data.image_size) else resampled(data, image_size)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.is_dir():
         raise UsageError(
             f"unknown dataset {name!r}: neither one of {', '.join(DATASETS)} nor a folder of pictures that exists"

@@ -119,8 +119,10 @@ def _find(folder: Path | None) -> Path:
 
 def _places(folder: Path | None) -> list[tuple[str, Path]]:
     """(why, folder) of every place to look in, in order."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places = [("the user's cache", cache / "gradscope" / "fashion-mnist"), ("Debian's package", DEBIAN)]
+    places = [("Debian's package", DEBIAN)]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not cache.startswith("~"):  # as it stays for a user without a home
+        places.insert(0, ("the user's cache", Path(cache) / "gradscope" / "fashion-mnist"))
     if variable := os.environ.get("GRADSCOPE_DATA"):
         places.insert(0, ("GRADSCOPE_DATA", Path(variable)))
     if folder is not None:

@@ -6,7 +6,6 @@ Shapes: B image asked for, B' image of the rows asked for, N random number, S si
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from gradscope.data.listing import Listing, list_pictures
 from gradscope.data.pictures import Cut, Picture, PictureError, Pixels
 from gradscope.data.shelf import Shelf
 from gradscope.errors import UsageError
+from gradscope.progress import say
 
 IMAGE_SIZE = 224
 """Side in pixels to which pictures are brought unless another is asked for."""
@@ -33,12 +33,6 @@ CENTRE = 224 / 256
 
 CHUNK = 16
 """Most pictures that one thread takes at a time."""
-
-
-def to_stderr(line: str) -> None:
-    """Print a line where it does not mix with results."""
-    sys.stderr.write(f"{line}\n")  # in one piece, for lines come from several threads
-    sys.stderr.flush()
 
 
 def folder_data(folder: Path, *, image_size: int = IMAGE_SIZE, threads: int | None = None) -> FolderData:
@@ -79,7 +73,7 @@ class FolderData:
         *,
         image_size: int,
         threads: int | None = None,
-        report: Callable[[str], None] = to_stderr,
+        report: Callable[[str], None] = say,
     ) -> None:
         if image_size < 1:
             raise UsageError(f"image_size is {image_size}; it must be at least 1 pixel")

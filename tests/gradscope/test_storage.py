@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import resource
 import signal
@@ -19,27 +20,28 @@ import torch
 import gradscope.files
 from gradscope import ProfileOptions, open_cube, profile
 from gradscope.checkpoints import list_steps, load_checkpoint, save_checkpoint
+from gradscope.cli import main
 from gradscope.cli.run_settings import make_schedule
 from gradscope.cube import DONE, groups_of, save_cube
 from gradscope.errors import WriteError
 from gradscope.files import Saves, alive, check_writable, write_atomically, write_text
 from gradscope.locks import sole_writer
 from gradscope.profiler import ProfileSummary
-from gradscope.report import write_report
 from gradscope.runlog import LOG_FILE, RunLog
 from gradscope.task import RESUME_FILE
 from gradscope.trainer import read_log, train
 from schedulers import AdaptiveRule, save_schedule
-from tests.gradscope.cube_samples import sample_cube, sample_runs, sample_schedule, tree_of
+from tests.gradscope.cube_samples import sample_cube, sample_schedule, tree_of
 from tests.gradscope.small_methods import small_setting
 from tests.gradscope.tasks_for_tests import LineTask, make_checkpoints
 from tests.gradscope.test_kills import started
 from tests.gradscope.test_profiler import assert_identical
 
-COUNTS = [8, pytest.param(200, marks=pytest.mark.slow)]
+COUNTS = [5, pytest.param(200, marks=pytest.mark.slow)]
 FULL = r"cannot be written \(No space left on device\); choose a folder with room"
-OPTIONS = ProfileOptions(samples=80, allocation="fixed", seed=3)
+OPTIONS = ProfileOptions(samples=40, allocation="fixed", seed=3)
 ONLINE = AdaptiveRule(overhead=0.4, minimum=3, maximum=4, sub_batch=8, dwell=0.0, exploration=0.3, confidence=0.0)
+Call = Callable[..., tuple[int, str, str]]
 no_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not fork with a GPU's threads")
 
 
@@ -59,10 +61,10 @@ def write_schedule(path: Path) -> None:
 
 
 def write_page(path: Path) -> None:
-    write_report(path, cube=sample_cube(), runs=sample_runs(rows=20))
+    write_text(path, "<p>a report</p>\n" * 2000)
 
 
-WRITERS = {"cube": write_cube, "checkpoint": write_checkpoint, "schedule": write_schedule, "report": write_page}
+WRITERS = {"cube": write_cube, "checkpoint": write_checkpoint, "schedule": write_schedule, "text": write_page}
 
 
 def limited(job: Callable[[], Any], size: int) -> str:
@@ -124,13 +126,22 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def command(*words: object, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "gradscope", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        line, cwd=folder, env=environment, text=True, check=False, timeout=300,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
-    )  # fmt: skip
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command line in a folder: (exit code, stdout, stderr)."""
+
+    def run(folder: Path, *words: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["gradscope", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 PROFILE = ("profile", "ckpt_dir", "--task", "tests.gradscope.tasks_for_tests:LineTask", "--samples", 40, "-q")
@@ -147,44 +158,41 @@ def fill(folder: Path, left: int = 0) -> Path:
 
 
 def test_a_profile_on_a_full_disk_is_one_error_and_goes_on_when_there_is_room(
-    disk: Callable[..., Path], tmp_path: Path
+    disk: Callable[..., Path], command: Call, tmp_path: Path
 ) -> None:
     folder = disk("size=1m")
     make_checkpoints(folder / "ckpt_dir")
     ballast = fill(folder, left=16384)  # enough to begin
-    done = command(*PROFILE, folder=folder)
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    assert done.stderr == (
+    code, out, err = command(folder, *PROFILE)
+    assert (code, out) == (1, "") and err == (
         "error: cube.nc: cannot be written (No space left on device); choose a folder with room, or make room and run "
         "the same command again\n"
     )
     assert sorted(os.listdir(folder)) == [".cube.nc.lock", "ballast", "ckpt_dir"]
     ballast.unlink()
-    assert command(*PROFILE, folder=folder).returncode == 0
+    assert command(folder, *PROFILE)[0] == 0
     make_checkpoints(tmp_path / "ckpt_dir")
-    assert command(*PROFILE, folder=tmp_path).returncode == 0
+    assert command(tmp_path, *PROFILE)[0] == 0
     assert_identical(open_cube(folder / "cube.nc"), open_cube(tmp_path / "cube.nc"))
     before = (folder / "cube.nc").read_bytes()
     fill(folder)
     for words in (PROFILE, ("merge", "cube.nc", "cube.nc", "-o", "cube.nc"), ("plot",)):
-        done = command(*words, folder=folder)
-        assert done.returncode == 1 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1, words
+        code, _, err = command(folder, *words)
+        assert code == 1 and "No space left on device" in err and err.count("\n") == 1, words
     assert (folder / "cube.nc").read_bytes() == before
     assert sorted(os.listdir(folder)) == [".cube.nc.lock", "ballast", "ckpt_dir", "cube.nc"]
 
 
-def test_a_folder_that_is_read_only_is_one_error(disk: Callable[..., Path]) -> None:
+def test_a_folder_that_is_read_only_is_one_error(disk: Callable[..., Path], command: Call) -> None:
     folder = disk("size=1m")
     make_checkpoints(folder / "ckpt_dir")
     write_cube(folder / "cube.nc")
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    train_words = ("train", "--budget", "1K", "--out", "run", "-q")
+    train_words = ("train", "--budget", "1K", "--out", "run", "-q", "--json")
     for words in (PROFILE, train_words, (*train_words, "--schedule", "online"), ("plot",)):
-        done = command(*words, folder=folder)
-        assert done.returncode == 1 and done.stdout == "", done.stderr
-        last = done.stderr.splitlines()[-1]
-        assert "cannot be written (Read-only file system); choose a folder you may write to" in last, done.stderr
-        assert "Traceback" not in done.stderr
+        code, out, err = command(folder, *words)
+        assert (code, out, err.count("\n")) == (1, "", 1), err
+        assert "cannot be written (Read-only file system); choose a folder you may write to" in err
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int, Path], bool]) -> list[Path]:
@@ -215,7 +223,7 @@ def test_a_profile_survives_saves_that_fail_along_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved_always(monkeypatch)
-    folder = make_checkpoints(tmp_path / "ckpt_dir")
+    folder = make_checkpoints(tmp_path / "ckpt_dir", (0, 5))
     measure(folder, tmp_path / "whole.nc")
     with monkeypatch.context() as patch:
         targets = failing(patch, lambda number, target: target.name == "cube.nc" and number % 3)
@@ -223,14 +231,14 @@ def test_a_profile_survives_saves_that_fail_along_the_way(
         with contextlib.suppress(WriteError):  # the last save may be one that fails
             measure(folder, tmp_path / "cube.nc")
     told = capsys.readouterr().err
-    assert len(targets) > 4 and f"cube.nc: {FULL[:17]}" in told and "going on" in told and "saved again" in told
+    assert len(targets) >= 4 and f"cube.nc: {FULL[:17]}" in told and "going on" in told and "saved again" in told
     measure(folder, tmp_path / "cube.nc")
     assert_identical(open_cube(tmp_path / "cube.nc"), open_cube(tmp_path / "whole.nc"))
 
 
 def test_a_profile_stops_when_no_save_works_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_always(monkeypatch)
-    folder = make_checkpoints(tmp_path / "ckpt_dir")
+    folder = make_checkpoints(tmp_path / "ckpt_dir", (0, 5))
     measure(folder, tmp_path / "whole.nc")
     with monkeypatch.context() as patch:
         failing(patch, lambda number, target: number > 2)  # the probe and one save work
@@ -238,7 +246,7 @@ def test_a_profile_stops_when_no_save_works_for_long(tmp_path: Path, monkeypatch
         with pytest.raises(WriteError, match=f"cube.nc: {FULL}"):
             measure(folder, tmp_path / "cube.nc")
     done = int((open_cube(tmp_path / "cube.nc")["status"] == DONE).sum())
-    assert 0 < done < 18
+    assert 0 < done < 12
     assert measure(folder, tmp_path / "cube.nc").reused == done
     assert_identical(open_cube(tmp_path / "cube.nc"), open_cube(tmp_path / "whole.nc"))
 
@@ -258,8 +266,9 @@ def assert_same_run(out: Path, whole: Path) -> None:
 
 @pytest.fixture(params=["mixed", "online"])
 def run_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Trains a small model into a folder, saving after every step."""
-    saved_always(monkeypatch)
+    """Trains a small model into a folder; the mixed one saves after every step."""
+    if request.param == "mixed":  # a cube with every step takes long
+        saved_always(monkeypatch)
     setting = small_setting("mocov3", budget=1200.0, checkpoints=(0.0, 0.3, 0.6, 1.0))
 
     def run(out: Path) -> None:
@@ -268,6 +277,7 @@ def run_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     return run
 
 
+@pytest.mark.parametrize("run_to", ["mixed"], indirect=True)
 def test_training_makes_up_for_saves_that_fail_along_the_way(
     run_to: Callable[[Path], None],
     tmp_path: Path,
@@ -279,20 +289,19 @@ def test_training_makes_up_for_saves_that_fail_along_the_way(
     with monkeypatch.context() as patch:  # nothing can be written from the first step on until near the end
         begun = ("step-00000000.pt", last, "schedule.json", "followed.json", "config.toml", ".log.jsonl.probe")
         there = tmp_path / "run" / "step-00000000.pt"
-        targets = failing(patch, lambda number, target: target.name not in begun and there.exists() and number < 40)
+        targets = failing(patch, lambda number, target: target.name not in begun and there.exists() and number < 30)
         run_to(tmp_path / "run")
     told = capsys.readouterr().err
-    assert len(targets) > 40 and "going on" in told and "saved again" in told
+    assert len(targets) > 30 and "going on" in told and "saved again" in told
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_training_that_a_full_disk_ends_is_continued(
     count: int, run_to: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gradscope.files, "PATIENCE", 0.0)
     with monkeypatch.context() as patch:
-        total = len(failing(patch, lambda number, target: False)) or 0
         targets = failing(patch, lambda number, target: False)
         run_to(tmp_path / "whole")
         total = len(targets)
@@ -368,16 +377,25 @@ full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there i
 
 
 @full_device
-def test_standard_output_on_a_full_disk_is_an_error_and_stderr_is_not(tmp_path: Path) -> None:
-    write_cube(tmp_path / "cube.nc")
-    make_checkpoints(tmp_path / "ckpt_dir")
+def test_standard_output_on_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    write_schedule(tmp_path / "schedule.json")
     with open("/dev/full", "w") as full:
-        done = command("show", "cube.nc", folder=tmp_path, stdout=full)
-        assert done.returncode == 1 and done.stderr.startswith("error: standard output: cannot be written (No space")
-        assert done.stderr.count("\n") == 1
-        words = [word for word in PROFILE if word != "-q"] + ["--out", "new.nc"]
-        done = command(*words, folder=tmp_path, stderr=full)
-        assert done.returncode == 0 and "18 cells measured" in done.stdout
+        words = [sys.executable, "-m", "gradscope", "show", str(tmp_path / "schedule.json")]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: standard output: cannot be written (No space left")
+    assert done.stderr.count("\n") == 1
+
+
+def test_lines_on_a_full_disk_are_lost_and_stop_nothing(tmp_path: Path, command: Call) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    make_checkpoints(tmp_path / "ckpt_dir")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", told := Full())
+        code, out, _ = command(tmp_path, *(word for word in PROFILE if word != "-q"))
+    assert code == 0 and "18 cells measured" in out and "18 cells to measure" in told.getvalue()
 
 
 def test_event_files_that_cannot_be_written_do_not_stop_a_run(

@@ -21,7 +21,6 @@ from schedulers import AdaptiveRule, Schedule, optimize
 from tests.gradscope.small_methods import small_setting
 from tests.gradscope.tasks_for_tests import LineTask, make_checkpoints
 
-
 ONLINE = AdaptiveRule(overhead=0.4, minimum=3, maximum=4, sub_batch=8, dwell=0.0, exploration=0.3, confidence=0.0)
 
 
@@ -70,7 +69,9 @@ def everything(folder: Path, disturbance: int) -> dict[str, str]:
     found["cube"] = digest_of(tree.to_dataset()) + digest_of(groups)
     plan = optimize(profile_of(tree.to_dataset()), 1e4, slices=20, draws=50)
     found["schedule"] = digest(plan.to_json())
-    found["report"] = digest(build_report(cube=tree.to_dataset().assign_attrs(created_at="", history=""), schedule=plan))
+    found["report"] = digest(
+        build_report(cube=tree.to_dataset().assign_attrs(created_at="", history=""), schedule=plan)
+    )
     return found
 
 

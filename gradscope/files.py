@@ -25,6 +25,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises WriteError when the folder cannot be written or the disk is full; what stood at `path` before is then intact.
     """
+    if path.is_dir():
+        raise WriteError(f"{path}: a folder; name a file in it")
     temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,8 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise WriteError now rather than after hours of work when `path` could not be written."""
+    if path.is_dir():
+        raise WriteError(f"{path}: a folder; name a file in it")
     probe = path.with_name(f".{path.name}.probe")
     write_bytes(probe, bytes(PROBE_BYTES))
     probe.unlink()

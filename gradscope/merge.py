@@ -25,6 +25,7 @@ from gradscope.errors import CubeError
 from gradscope.influence import common_replicates, folded
 from gradscope.races import RaceBook
 from schedulers import Grid, Strategy
+from schedulers.strategy import AxisValue
 
 
 def copy_cells(source: xr.DataTree, cube: xr.Dataset, groups: xr.Dataset | None) -> int:
@@ -92,11 +93,7 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
         if list(cube["metric"].values) != list(first["metric"].values):
             raise CubeError("the cubes were measured in different metrics; only cubes of one profile can be merged")
     grids = [grid_of(cube) for cube in cubes]
-    axes = {axis: tuple(dict.fromkeys(value for grid in grids for value in grid.axes[axis])) for axis in grids[0].axes}
-    axes = {
-        axis: tuple(sorted(values)) if all(not isinstance(v, str) for v in values) else values
-        for axis, values in axes.items()
-    }
+    axes = {axis: _joined_values([grid.axes[axis] for grid in grids]) for axis in grids[0].axes}
     grid = Grid(axes, grids[0].reference, grids[0].units)
     points: dict[float, tuple[float, int, str, str]] = {}
     for cube in cubes:
@@ -146,6 +143,15 @@ def merge_cubes(trees: Sequence[xr.DataTree]) -> tuple[xr.Dataset, xr.Dataset | 
     failed, told = failed_names(merged), json.loads(merged.attrs["failures_json"])
     merged.attrs["failures_json"] = json.dumps({name: why for name, why in told.items() if name in failed})
     return merged, groups
+
+
+def _joined_values(parts: Sequence[tuple[AxisValue, ...]]) -> tuple[AxisValue, ...]:
+    """The values of an axis: in the order of the part that has all of them, else numbers sorted and texts as met."""
+    values = tuple(dict.fromkeys(value for part in parts for value in part))
+    whole = next((part for part in parts if len(part) == len(values)), None)
+    if whole is not None:
+        return whole
+    return values if any(isinstance(value, str) for value in values) else tuple(sorted(values))
 
 
 def _joined_attributes(cubes: Sequence[xr.Dataset]) -> dict[str, str | float]:

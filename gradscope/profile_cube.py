@@ -28,6 +28,7 @@ from gradscope.cube import (
     save_cube,
     set_replicates,
 )
+from gradscope.cube.names import check_text
 from gradscope.cube_costs import keep_costs
 from gradscope.errors import CubeError, TaskError
 from gradscope.estimators import Estimates
@@ -37,7 +38,7 @@ from gradscope.measuring import Conditions
 from gradscope.merge import copy_cells
 from gradscope.pilot import read_training
 from gradscope.races import Entry, RaceBook
-from gradscope.task import Checkpoint, Task, task_digest
+from gradscope.task import Checkpoint, Task, json_of, task_digest
 from schedulers import Criterion, ScheduleError, Strategy
 from schedulers.schedule import library_version
 
@@ -68,6 +69,7 @@ class ProfileCube:
         self.task, self.checkpoints, self.digests, self.given = task, checkpoints, digests, given
         self.out, self.least = out, least
         self.cube = empty_cube(task, folder, checkpoints, digests, given, min(most, MOST_REPLICATES))
+        check_text("profile_command", command)
         self.cube.attrs["profile_command"] = command
         self.groups: xr.Dataset | None = None
         self.book = RaceBook()
@@ -266,7 +268,7 @@ def empty_cube(
             tokens.setdefault(name, {})[strategy] = length
     described = task.describe()
     try:
-        training = json.dumps(dict(task.training(folder)))
+        training = json_of("training", task.training(folder))
         read_training(json.loads(training), grid)
     except ScheduleError as error:
         raise TaskError(f"training: {error}; leave out its `stages` or `budget` where they are not known") from error
@@ -290,7 +292,7 @@ def empty_cube(
             "creation_library_language": "Python",
             "history": f"{datetime.now(UTC):%Y-%m-%d} gradscope {' '.join(sys.argv[1:2])}".rstrip(),
             "task_digest": task_digest(task),
-            "config_json": json.dumps(described, sort_keys=True),
+            "config_json": json_of("describe", described, in_order=True),
             "training_json": training,
             "failures_json": "{}",
             "batch_size": given.batch_size,

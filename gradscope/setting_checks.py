@@ -10,6 +10,7 @@ from gradscope.errors import UsageError
 from gradscope.methods import METHODS
 from gradscope.models import POSITIONS, VIT_SIZES
 from schedulers import Decay
+from schedulers.tokens import MOST_PIXELS
 
 if TYPE_CHECKING:
     from gradscope.config import TrainConfig
@@ -21,6 +22,12 @@ LEAST = {
     "depth": 0, "heads": 0, "mlp_ratio": 0, "image_size": 0, "small_crops": 0, "small_size": 0, "weight_decay": 0,
     "clip": 0, "lr_end": 0,
 }  # fmt: skip
+MOST = {
+    "batch_size": 1 << 24, "head_hidden": 1 << 20, "head_width": 1 << 20, "prototypes": 1 << 24, "patch": MOST_PIXELS,
+    "width": 1 << 16, "depth": 1000, "heads": 1 << 12, "mlp_ratio": 1000, "image_size": MOST_PIXELS,
+    "small_crops": 1000, "small_size": MOST_PIXELS,
+}  # fmt: skip
+"""Beyond these no machine has the memory, or nobody the patience."""
 POSITIVE = ("lr", "temperature", "teacher_temperature", "teacher_temperature_start")
 SHARES = (
     "checkpoints", "evaluations", "momentum", "centre_momentum", "freeze_last_layer", "teacher_temperature_warmup",
@@ -52,6 +59,9 @@ def check_settings(config: TrainConfig) -> None:
     for name, low in LEAST.items():
         if getattr(config, name) < low:
             raise UsageError(f"{name} is {getattr(config, name)!r}; it must be at least {low}")
+    for name, high in MOST.items():
+        if getattr(config, name) > high:
+            raise UsageError(f"{name} is {getattr(config, name)!r}; it must be at most {high:,}")
     for name in POSITIVE:
         if not getattr(config, name) > 0:
             raise UsageError(f"{name} is {getattr(config, name)!r}; it must be positive")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradscope.errors import CheckpointError
+from gradscope.errors import CheckpointError, TaskError
 from schedulers import Grid, Strategy
 
 
@@ -143,7 +143,15 @@ def task_digest(task: Task) -> str:
     The grid's values are not part of it: a grid may grow without its finished cells being measured again.
     """
     fixed = {"reference": str(task.grid.reference), "axes": list(task.grid.axes), **task.describe()}
-    return _short_digest(json.dumps(fixed, sort_keys=True))
+    return _short_digest(json_of("describe", fixed, in_order=True))
+
+
+def json_of(method: str, values: Mapping[str, Any], *, in_order: bool = False) -> str:
+    """What a method of a task gives, as JSON, `in_order` of its keys. Raises TaskError where JSON cannot hold it."""
+    try:
+        return json.dumps(dict(values), sort_keys=in_order)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TaskError(f"the task's {method} must give what JSON can hold: {error}") from error
 
 
 RESUME_FILE = "resume.pt"  # where a run that was stopped between checkpoints of progress stands

@@ -32,6 +32,7 @@ from schedulers.program_sum_within import best_sum_within
 from schedulers.program_within import INTERVALS, best_path_within, path_seconds, with_fewer_switches
 from schedulers.trajectory import Motion, Speeds, speeds
 
+MOST_SLICES = 10_000
 STAGE_POINTS = 16  # of a stage by trajectory, at which strategies are compared
 MANY_LABELS = 4000  # beyond it the motion of labels is looked up in a table
 
@@ -69,6 +70,8 @@ class Problem:
     ) -> Problem:
         if slices < 1:
             raise UsageError(f"slices={slices} must be at least 1")
+        if slices > MOST_SLICES:
+            raise UsageError(f"slices={slices}: at most {MOST_SLICES:,}; a hundred are as good")
         if not 0 <= exploration <= 1:
             raise UsageError(f"exploration={exploration} is not a probability in [0, 1]")
         return cls(profile, get_criterion(criterion), on_grid(constraints, profile), slices, exploration, mode)

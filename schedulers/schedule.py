@@ -267,6 +267,8 @@ def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     Raises WriteError when the folder is missing or cannot be written.
     """
     target = Path(path)
+    if target.is_dir():
+        raise GradscopeError(f"{target}: a folder; name a file in it")
     text = schedule.to_json()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from schedulers.errors import UsageError
 
 AxisValue = int | float | str
+_LARGEST = int(sys.float_info.max)
 
 
 class Strategy(Mapping[str, AxisValue]):
@@ -138,6 +140,8 @@ def _normal(axis: str, value: AxisValue) -> AxisValue:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UsageError(f"axis {axis!r}: {value!r} is neither a number nor a text")
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        raise UsageError(f"axis {axis!r}: a whole number of {value.bit_length()} bits is too large")
     if isinstance(value, float):
         if not math.isfinite(value):
             raise UsageError(f"axis {axis!r}: {value!r} is not a finite number")

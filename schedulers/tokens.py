@@ -7,14 +7,18 @@ import math
 from schedulers.counts import exact
 from schedulers.errors import UsageError
 
+MOST_PIXELS = 1 << 14  # on a side of an image; larger numbers are slips of the pen
+
 
 def patch_tokens(image_size: int, patch: int) -> int:
     """Patches of `patch` x `patch` pixels in a square image of `image_size` pixels: (image_size / patch)².
 
-    The class token is not counted. Raises UsageError unless `patch` divides `image_size`, and names
-    the patches that do.
+    The class token is not counted. Raises UsageError for more than MOST_PIXELS, and unless `patch` divides
+    `image_size`, naming the patches that do.
     """
     image_size, patch = _whole("image_size", image_size), _whole("patch", patch)
+    if image_size > MOST_PIXELS:
+        raise UsageError(f"image_size={image_size}: images have at most {MOST_PIXELS:,} pixels on a side")
     if image_size % patch:
         divisors = ", ".join(str(p) for p in range(1, image_size + 1) if image_size % p == 0)
         raise UsageError(

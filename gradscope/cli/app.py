@@ -7,6 +7,7 @@ Only the standard library and typer are imported here and at the top of the comm
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -21,9 +22,10 @@ import gradscope.cli.measure as measure
 import gradscope.cli.optimize as optimize
 import gradscope.cli.training as training
 import gradscope.cli.view as view
-from gradscope.cli.console import SETTINGS
+from gradscope.cli.console import SETTINGS, Command
 
 CONFIG_FILE = "gradscope.toml"
+_NO_MEMORY = r"allocate memory|out of memory|not enough memory"
 
 app = typer.Typer(
     name="gradscope",
@@ -36,6 +38,8 @@ app = typer.Typer(
 )
 for module in (view, training, evaluate, measure, optimize, compare, cost):
     module.register(app)
+for info in app.registered_commands:
+    info.cls = Command
 
 
 @app.callback()
@@ -69,7 +73,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        code = getattr(error, "exit_code", None)
+        code, why = getattr(error, "exit_code", None), _lacking(error)
+        if why:
+            print(f"error: {why}", file=sys.stderr)
+            sys.exit(1)
         if code is None:
             print(
                 f"error: {type(error).__name__}: {error} (an unexpected one: run with `gradscope --debug "
@@ -79,6 +86,20 @@ def main() -> None:
             sys.exit(1)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
+
+
+def _lacking(error: Exception) -> str:
+    """What the machine did not give: memory, or a file that is named; "" for any other error."""
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(_NO_MEMORY, text)):
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+        return (
+            f"not enough memory{f' ({asked[1]} were asked for at once)' if asked else ''}; take a smaller batch, image "
+            "size, model or grid"
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return ""
 
 
 def _defaults(path: Path, context: typer.Context) -> dict[str, Any]:

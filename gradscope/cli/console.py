@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     import torch
@@ -17,8 +20,43 @@ if TYPE_CHECKING:
     from schedulers import Grid, Strategy
 
 
+LARGEST = (1 << 63) - 1
 SETTINGS = "gradscope.settings"
 """Where a click context keeps the settings of a TOML file's [train] table that have no option of their own."""
+
+
+class Command(TyperCommand):
+    """A command that refuses, by the option's name, values that no option takes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if why := _unusable(item):
+                    raise typer.BadParameter(why, ctx=ctx, param_hint=f"'{' / '.join(parameter.opts)}'")
+        return super().invoke(ctx)
+
+
+def _unusable(value: object) -> str:
+    """Why no option can have a value, "" for one that it may: numbers of 64 bits, paths that a system can have."""
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        return f"{_short(value)} is too large a number"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is not a finite number"
+    if isinstance(value, Path | str) and "\0" in str(value):
+        return f"{str(value)!r} holds a NUL character"
+    if isinstance(value, Path):
+        try:
+            value.lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return f"{_short(value)} is too long a name"
+    return ""
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def parse_units(text: str | float) -> float:
@@ -77,8 +115,12 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name!r} is no device; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r}: only cpu and cuda are supported")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device can be used here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
 
 

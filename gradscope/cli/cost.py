@@ -91,6 +91,7 @@ def cost(
     gradscope cost ckpt_dir --cube cube.nc
     """
     from gradscope.errors import UsageError
+    from schedulers.tokens import patch_tokens
 
     given = {"--model": model, "--batch-size": batch_size, "--repeats": repeats}
     measuring = [name for name, value in given.items() if value is not None]
@@ -118,6 +119,7 @@ def cost(
     else:
         found = None if tree is None else _grid_of_cube(tree.dataset)
         size = 240 if image_size is None else image_size
+        patch_tokens(size, 1)  # refuses a size that no image has
         strategies = _make_grid(size, patch, grid, found)
         crops = _small_crops(method, small_crops)
         if not (measure or cube):

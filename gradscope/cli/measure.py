@@ -261,7 +261,8 @@ def open_task(
     import importlib
 
     from gradscope.checkpoints import list_checkpoints
-    from gradscope.errors import TaskError, UsageError
+    from gradscope.checks import reason
+    from gradscope.errors import GradscopeError, TaskError, UsageError
     from gradscope.foreign import ForeignTask, holds_foreign
     from gradscope.task import Task
     from gradscope.tasks import PretrainTask
@@ -291,8 +292,10 @@ def open_task(
     except ModuleNotFoundError as error:
         cure = f"; run from the folder that holds {module_name.split('.')[0]}.py"
         raise TaskError(f"--task {name!r}: {error}{cure if error.name == module_name.split('.')[0] else ''}") from error
-    except (AttributeError, TypeError) as error:
-        raise TaskError(f"--task {name!r}: {error}") from error
+    except GradscopeError:
+        raise
+    except Exception as error:  # whatever the user's module and constructor raise
+        raise TaskError(f"--task {name!r}: {reason(error)}") from error
     if not isinstance(made, Task):
         raise TaskError(f"--task {name!r}: {class_name} is no gradscope.Task; derive it from gradscope.Task")
     if not isinstance(getattr(made, "grid", None), Grid):

@@ -63,7 +63,7 @@ def open_cube(path: Path) -> xr.DataTree:
             "again into another file"
         )
     try:
-        with xr.open_datatree(path, engine=ENGINE) as tree:
+        with xr.open_datatree(path, engine=ENGINE, decode_times=False, decode_timedelta=False) as tree:
             _check_size(tree, path)
             loaded = tree.load()
     except CubeError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
 
+from gradscope.cube.names import axis_labels, check_attributes, check_grid, check_name, check_text
 from gradscope.cube_costs import MEASURED, add_measured
 from gradscope.errors import UsageError
 from schedulers import CRITERIA, MOMENTS, Grid, Strategy
@@ -49,14 +50,19 @@ def new_cube(
     `batch_size` (K) and `beta` (units of one update). `replicates`: how many `influence` has room for.
     """
     axes = list(grid.axes)
-    _check_axes(grid)
+    _check_axes(grid, tokens)
+    check_attributes(attributes)
+    for name in names:
+        check_text("checkpoint file", name)
+    for name in tokens:
+        check_name("sequence of tokens", f"tokens_{name}")
     cell = ("progress", *axes)
     shape = (len(progress), *grid.shape)
     cube = xr.Dataset(
         coords={
             "progress": ("progress", np.asarray(progress, float), {"long_name": "training progress", "units": "1"}),
             **{
-                name: (name, np.array(values), {"long_name": name, "units": grid.units.get(name, "1")})
+                name: (name, axis_labels(name, values), {"long_name": name, "units": grid.units.get(name, "1")})
                 for name, values in grid.axes.items()
             },
             "metric": ("metric", np.array(metrics, object)),
@@ -148,7 +154,9 @@ def set_replicates(cube: xr.Dataset, replicates: int) -> None:
 
 
 def new_groups(cube: xr.Dataset, group_names: Sequence[str]) -> xr.Dataset:
-    """An empty `/param_groups` dataset that fits `cube`."""
+    """An empty `/param_groups` dataset that fits `cube`. Raises UsageError for a name that its file cannot hold."""
+    for name in group_names:
+        check_text("parameter group", name)
     axes = list(grid_of(cube).axes)
     coords = {name: cube.coords[name] for name in ("progress", *axes, "metric")}
     groups = xr.Dataset(
@@ -215,7 +223,7 @@ def digest_of(cube: xr.Dataset) -> str:
     return state.hexdigest()[:16]
 
 
-def _check_axes(grid: Grid) -> None:
+def _check_axes(grid: Grid, tokens: Collection[str]) -> None:
     estimates = [*QUANTITIES, "norm_sq_ref", *map(variable_name, CRITERIA)]
     taken = {"progress", "metric", "moment", "moment_2", "replicate", "cost_model", "param_group", "step", "checkpoint"}
     taken |= {
@@ -229,14 +237,12 @@ def _check_axes(grid: Grid) -> None:
         "tokens_query",
         "tokens_key",
         *MEASURED,
+        *(f"tokens_{name}" for name in tokens),
     }
-    for axis, values in grid.axes.items():
+    for axis in grid.axes:
         if axis in taken or axis.removesuffix("_se") in estimates:
             raise UsageError(f"a grid axis cannot be called {axis!r}: the cube uses that name itself; choose another")
-        if len({isinstance(value, str) for value in values}) > 1:
-            raise UsageError(
-                f"axis {axis!r} mixes texts and numbers ({', '.join(map(str, values))}); write all as texts"
-            )
+    check_grid(grid)
 
 
 def _add_estimate(cube: xr.Dataset, name: str, title: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> None:

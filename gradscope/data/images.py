@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,6 +261,12 @@ def resampled(data: ImageData, image_size: int, *, batch_size: int = 1000) -> Im
     """
     if image_size < 1:
         raise UsageError(f"image_size is {image_size}; it must be at least 1 pixel")
+    wanted = (data.train_count + data.test_count) * data.channels * image_size**2
+    if wanted > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise UsageError(
+            f"image_size is {image_size}: at that size the images of {data.name} take {wanted / 2**30:,.0f} GiB, more "
+            f"than this machine's memory ({memory / 2**30:,.0f} GiB); take a smaller one"
+        )
 
     def resize(images_NCHW: Tensor) -> Tensor:
         parts = (

@@ -1,0 +1,91 @@
+"""Odd values for every option, on the line, in the environment and in the settings file: refused in words, or done."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+
+import gradscope.demo
+import gradscope.evaluation
+import gradscope.foreign
+import gradscope.report
+import gradscope.timing  # noqa: F401  (imported once here, and not by every forked process)
+from gradscope.data import ImageData
+from tests.gradscope.cli_fuzzing import Line, commands, lines, make_inputs, make_line, told, wrong
+from tests.gradscope.cli_words import TOML_VALUES
+
+COMMANDS = sorted(commands())
+
+
+@pytest.fixture(scope="module")
+def images(few_images: ImageData) -> ImageData:
+    return dataclasses.replace(
+        few_images,
+        train_images=few_images.train_images[:96],
+        train_labels=few_images.train_labels[:96],
+        test_images=few_images.test_images[:24],
+        test_labels=few_images.test_labels[:24],
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(images: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "inputs"
+    make_inputs(folder, images)
+    return folder
+
+
+def check(line: Line, inputs: Path, images: ImageData) -> None:
+    found = told(line, inputs, images)
+    assert not wrong(line, found), f"{wrong(line, found)}: {line}\n{found}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_usual_arguments_of_a_command_do_their_work(command: str, inputs: Path, images: ImageData) -> None:
+    found = told(make_line(command, {}), inputs, images)
+    assert found.code == 0 or (found.stopped and found.code == 130), found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_takes_or_refuses_odd_values(command: str, inputs: Path, images: ImageData) -> None:
+    """One odd value for each option, another one for each: the slow test takes them all."""
+    for number, (name, option) in enumerate(commands()[command].items()):
+        if not option.flag:
+            check(make_line(command, {name: [option.likely[7 * number % len(option.likely)]]}), inputs, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_takes_or_refuses_every_odd_value(command: str, inputs: Path, images: ImageData) -> None:
+    count = 0
+    for name, option in commands()[command].items():
+        found = [make_line(command, {name: [value]}) for value in ([""] if option.flag else option.likely)]
+        if option.written:
+            found += [make_line(command, {}, settings={name: value}) for value in TOML_VALUES]
+            found += [make_line(command, {}, variables={name: value}) for value in option.likely[::3]]
+        for line in found:
+            check(line, inputs, images)
+        count += len(found)
+    print(f"{command}: {count} lines")
+
+
+@pytest.mark.parametrize(
+    ("command", "count"),
+    [
+        *itertools.product(COMMANDS, [3]),
+        *(pytest.param(command, 400, marks=pytest.mark.slow) for command in COMMANDS),
+    ],
+)
+def test_any_options_together_are_refused_in_words_or_done(
+    command: str, count: int, inputs: Path, images: ImageData
+) -> None:
+    @settings(max_examples=count, derandomize=True, deadline=None, database=None)
+    @given(lines(command))
+    def checked(line: Line) -> None:
+        check(line, inputs, images)
+
+    checked()

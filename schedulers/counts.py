@@ -10,6 +10,7 @@ from fractions import Fraction
 from schedulers.errors import UsageError
 
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12, "P": 15}
+_MOST = 1.797e308  # the largest count of four digits
 _COUNT = re.compile(r"((?:[0-9]+(?:_[0-9]+)*)?(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?)([KMBGTP]?)", re.IGNORECASE)
 
 
@@ -41,7 +42,9 @@ def format_count(x: float) -> str:
     """
     if not math.isfinite(x) or x == 0:
         return f"{x:g}"
-    rounded = float(f"{x:.4g}")  # before the suffix is chosen, so that 999_999 becomes 1M and not 1000K
+    rounded = max(
+        -_MOST, min(float(f"{x:.4g}"), _MOST)
+    )  # before the suffix is chosen, so that 999_999 becomes 1M and not 1000K
     power = min(max(math.floor(math.log10(abs(rounded)) + 1e-12) // 3 * 3, 0), 15)
     suffix = next(name for name, exponent in _POWERS.items() if exponent == power)
     return f"{rounded / 10**power:.4g}{suffix}"

@@ -286,14 +286,21 @@ def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
 
 def _plain_json(name: str, values: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dict(json.loads(json.dumps(values, allow_nan=False)))
-    except (TypeError, ValueError):
-        raise ScheduleError(f"{name}: {values!r} cannot be written as JSON without NaN") from None
+        text = json.dumps(values, allow_nan=False, ensure_ascii=False)
+        text.encode()
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"{name}: cannot be written as JSON without NaN ({error})") from None
 
 
 def _check_schedule(schedule: Schedule) -> None:
     if not schedule.stages:
         raise ScheduleError("stages: a schedule needs at least one stage")
+    for name in ("cost_model", "criterion", "metric", "cube_digest", "library_version"):
+        try:
+            (getattr(schedule, name) or "").encode()
+        except UnicodeEncodeError:
+            raise ScheduleError(f"{name}: {getattr(schedule, name)!r} is no Unicode text") from None
     if schedule.budget is not None and not (math.isfinite(schedule.budget) and schedule.budget > 0):
         raise ScheduleError(f"budget: {schedule.budget} must be a positive number of units")
     if schedule.batch_size is not None and schedule.batch_size < 1:
@@ -307,6 +314,10 @@ def _check_schedule(schedule: Schedule) -> None:
         if set(stage.strategy) != set(schedule.stages[0].strategy):
             raise ScheduleError(
                 f"stages[{i}]: the axes of {stage.strategy} are not those of {schedule.stages[0].strategy} in stages[0]"
+            )
+        if schedule.budget is not None and not math.isfinite(schedule.stage_samples(stage)):
+            raise ScheduleError(
+                f"stages[{i}].cost: {stage.cost} is too small for a budget of {schedule.budget:g} units"
             )
     _check_cover(schedule.stages)
 

@@ -93,7 +93,7 @@ class _Piece:
             if not star or "=" in weight_text:
                 self._refuse(f"{entry.strip()!r} has no weight; a mixture is written 0.7*patch=30+0.3*patch=16")
             try:
-                weight = Fraction(weight_text.strip())
+                weight = _weight(weight_text.strip())
             except (ValueError, ZeroDivisionError):
                 self._refuse(f"{weight_text.strip()!r} is not a weight; write a number in (0, 1], as in 0.7*patch=30")
             if not 0 < weight <= 1:
@@ -175,6 +175,11 @@ class _Piece:
         raise UsageError(
             f"schedule {self.text!r}: {why}" + (f" (in {self.piece!r})" if self.piece != self.text else "")
         )
+
+
+def _weight(text: str) -> Fraction:
+    """`1/3`, or a number as a double has it: Fraction itself would work out 1e-999999999. Raises as Fraction does."""
+    return Fraction(text) if "/" in text else Fraction(repr(float(text)))
 
 
 def _finite(text: str) -> float:

@@ -112,7 +112,7 @@ def check_stage(stage: Stage, where: str) -> None:
             raise ScheduleError(f"{where}.{name}: {edge} is not a fraction of the budget in [0, 1]")
     if not stage.start < stage.end:
         raise ScheduleError(f"{where}.end: {stage.end} is not after its start {stage.start}")
-    if not (math.isfinite(stage.cost) and stage.cost > 0):
+    if not (math.isfinite(stage.cost) and stage.cost > 0 and math.isfinite(1 / stage.cost)):
         raise ScheduleError(f"{where}.cost: {stage.cost} must be a positive number of units per sample")
     _check_mixture(stage.mixture, where)
     _check_predictions(stage, where)

@@ -140,6 +140,8 @@ def _normal(axis: str, value: AxisValue) -> AxisValue:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UsageError(f"axis {axis!r}: {value!r} is neither a number nor a text")
+    if not (_is_unicode(axis) and (not isinstance(value, str) or _is_unicode(value))):
+        raise UsageError(f"axis {axis!r}: {value!r} holds half of a surrogate pair, which no file can")
     if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         raise UsageError(f"axis {axis!r}: a whole number of {value.bit_length()} bits is too large")
     if isinstance(value, float):
@@ -148,6 +150,10 @@ def _normal(axis: str, value: AxisValue) -> AxisValue:
         if value.is_integer():
             return int(value)
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _number_or_text(text: str) -> AxisValue:

@@ -37,15 +37,21 @@ def normalise(images_BCSS: Tensor, data: Statistics, model: nn.Module) -> Tensor
 
 
 @torch.no_grad()
+def check_blocks(backbone: VisionTransformer, blocks: int) -> int:
+    """The blocks of a model. Raises UsageError when `blocks`, the last ones that are wanted, is not in 1..depth."""
+    depth = len(backbone.blocks)
+    if not 1 <= blocks <= depth:
+        raise UsageError(f"blocks={blocks}: the model has {depth}; choose between 1 and {depth}")
+    return depth
+
+
 def block_features(backbone: VisionTransformer, images_BCSS: Tensor, blocks: int = 1) -> Tensor:
     """Class tokens of the last `blocks` blocks, each after the final norm, side by side: (B, blocks x D).
 
     Images are normalised ones. The last block's, which is the backbone's own feature, stands last, as in DINO's
     linear evaluation (Caron et al. 2021). Raises UsageError when `blocks` is not in 1..depth.
     """
-    depth = len(backbone.blocks)
-    if not 1 <= blocks <= depth:
-        raise UsageError(f"blocks={blocks}: the model has {depth}; choose between 1 and {depth}")
+    depth = check_blocks(backbone, blocks)
     if blocks == 1:
         feature_BD: Tensor = backbone(images_BCSS)
         return feature_BD
@@ -89,6 +95,7 @@ def dataset_features(
     if part not in ("train", "test"):
         raise UsageError(f"part={part!r}: choose train or test")
     check_suits(backbone, data)
+    check_blocks(backbone, blocks)
     count = data.train_count if part == "train" else data.test_count
     device = next(backbone.parameters()).device
     feature_NF = torch.empty(count, blocks * backbone.width, device=device)

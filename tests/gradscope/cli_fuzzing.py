@@ -233,7 +233,7 @@ def _run(line: Line, place: Path, images: ImageData) -> Told:
         Path("gradscope.toml").write_text(line.settings, encoding="utf-8")
     out, err, code, steps = io.StringIO(), io.StringIO(), 0, 0
     load, step, sizes = gradscope.config.load_data, Stepper.step, gradscope.models.VIT_SIZES
-    tiny = gradscope.models.ViTSize(width=16, depth=2, heads=2, mlp_ratio=2.0)
+    tiny = gradscope.models.ViTSize(width=24, depth=2, heads=2, mlp_ratio=2.0)
 
     def count(*_: Any) -> None:
         nonlocal steps
@@ -297,10 +297,11 @@ def _names(line: Line, said: str) -> bool:
     """Whether a message names a parameter, an environment variable, or a value of the line."""
     known = commands()[line.words[0]]
     options = [name for fuzzed in line.fuzzed for name in (fuzzed, *known[fuzzed].written)]
-    values = [part for word in line.words[1:] for part in (word, word.partition("=")[0])]
+    words = [*line.words[1:], *line.variables.values(), *re.findall(r'"([^"]+)"', line.settings)]
+    values = [part for word in words for part in (word, word.partition("=")[0]) if part]
     names = [*options, *values, *line.variables, "gradscope.toml", "memory"]
     plain = _plain(said)
-    return any(_plain(name)[:20] in plain for name in names if _plain(name))
+    return any(_plain(name)[:20] in plain for name in names if _plain(name)) or any(value in said for value in values)
 
 
 def _plain(text: str) -> str:

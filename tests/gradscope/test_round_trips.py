@@ -157,9 +157,9 @@ def test_a_cube_comes_back_as_it_was_or_is_refused_when_it_is_made(count: int, t
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_axis_that_no_file_or_text_can_hold_is_refused_by_name(name: str, tmp_path: Path) -> None:
     task = LineTask()
-    task.grid = Grid({name: (1, 2)}, Strategy({name: 1}))
     task.cost = lambda strategy: 1.0  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="axis"):
+        task.grid = Grid({name: (1, 2)}, Strategy({name: 1}))
         profile(task, make_checkpoints(tmp_path / "c"), tmp_path / "cube.nc")
     assert not (tmp_path / "cube.nc").exists()
 
@@ -167,9 +167,9 @@ def test_an_axis_that_no_file_or_text_can_hold_is_refused_by_name(name: str, tmp
 @pytest.mark.parametrize("value", ["", "a,b", " a", "a\0", "\ud800", "16", "nan", "1e3", "١٢"])
 def test_a_value_that_no_file_or_text_can_hold_is_refused_by_axis(value: str, tmp_path: Path) -> None:
     task = LineTask()
-    task.grid = Grid({"mode": ("plain", value)}, Strategy(mode="plain"))
     task.cost = lambda strategy: 1.0  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="axis 'mode'"):
+        task.grid = Grid({"mode": ("plain", value)}, Strategy(mode="plain"))
         profile(task, make_checkpoints(tmp_path / "c"), tmp_path / "cube.nc")
 
 

@@ -268,7 +268,7 @@ def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     if target.is_dir():
-        raise GradscopeError(f"{target}: a folder; name a file in it")
+        raise WriteError(f"{target}: a folder; name a file in it")
     text = schedule.to_json()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -36,7 +36,6 @@ def normalise(images_BCSS: Tensor, data: Statistics, model: nn.Module) -> Tensor
     return (images_BCSS.to(device).float() / 255 - mean_C11) / std_C11
 
 
-@torch.no_grad()
 def check_blocks(backbone: VisionTransformer, blocks: int) -> int:
     """The blocks of a model. Raises UsageError when `blocks`, the last ones that are wanted, is not in 1..depth."""
     depth = len(backbone.blocks)
@@ -45,6 +44,7 @@ def check_blocks(backbone: VisionTransformer, blocks: int) -> int:
     return depth
 
 
+@torch.no_grad()
 def block_features(backbone: VisionTransformer, images_BCSS: Tensor, blocks: int = 1) -> Tensor:
     """Class tokens of the last `blocks` blocks, each after the final norm, side by side: (B, blocks x D).
 

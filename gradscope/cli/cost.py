@@ -91,6 +91,7 @@ def cost(
     gradscope cost ckpt_dir --cube cube.nc
     """
     from gradscope.errors import UsageError
+    from gradscope.files import check_writable
     from schedulers.tokens import patch_tokens
 
     given = {"--model": model, "--batch-size": batch_size, "--repeats": repeats}
@@ -132,6 +133,8 @@ def cost(
         _check_fits(tree.dataset, chosen, str(cube))
         if ckpt_dir is None:
             note(f"note: {cube} gets the costs of the bundled model {model} on random numbers, whichever it profiled")
+    if cube is not None:
+        check_writable(cube)
     costs = _measure(chosen, loaded, batch_size, repeats, seed, quiet or as_json)
     rows = measured_rows(chosen, costs)
     lines = cost_text(rows, chosen.grid, costs)

@@ -186,10 +186,11 @@ def test_a_profile_on_a_full_disk_is_one_error_and_goes_on_when_there_is_room(
 def test_a_folder_that_is_read_only_is_one_error(disk: Callable[..., Path], command: Call) -> None:
     folder = disk("size=1m")
     make_checkpoints(folder / "ckpt_dir")
-    write_cube(folder / "cube.nc")
+    measure(folder / "ckpt_dir", folder / "cube.nc")
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    cost_words = ("cost", "ckpt_dir", "--task", PROFILE[3], "--cube", "cube.nc", "-q")
     train_words = ("train", "--budget", "1K", "--out", "run", "-q", "--json")
-    for words in (PROFILE, train_words, (*train_words, "--schedule", "online"), ("plot",)):
+    for words in (PROFILE, train_words, (*train_words, "--schedule", "online"), ("plot",), cost_words):
         code, out, err = command(folder, *words)
         assert (code, out, err.count("\n")) == (1, "", 1), err
         assert "cannot be written (Read-only file system); choose a folder you may write to" in err

@@ -170,15 +170,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
 
 
-def complete(text: str, reference: Strategy) -> Strategy:
-    """The strategy that `text` names; an axis that is not given takes the reference's value."""
+def complete(option: str, text: str, reference: Strategy) -> Strategy:
+    """The strategy that an option's `text` names; an axis that is not given takes the reference's value."""
     from gradscope.errors import UsageError
     from schedulers import Strategy
 
-    given = Strategy.parse(text)
+    try:
+        given = Strategy.parse(text)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from None
     for axis in given:
         if axis not in reference:
-            raise UsageError(f"unknown axis {axis!r} in {text!r}; the axes are {', '.join(reference)}")
+            raise UsageError(f"{option}: unknown axis {axis!r} in {text!r}; the axes are {', '.join(reference)}")
     return Strategy({axis: given.get(axis, reference[axis]) for axis in reference})
 
 

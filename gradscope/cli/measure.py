@@ -169,7 +169,7 @@ def profile(
         if grid is not None:
             measured.grid = override_grid(measured.grid, grid)
         if only:
-            options = replace(options, only=tuple(complete(text, measured.grid.reference) for text in only))
+            options = replace(options, only=tuple(complete("--only", text, measured.grid.reference) for text in only))
         if dry_run and not ranks.first:
             return
         if dry_run:

@@ -140,7 +140,7 @@ def optimize(
     dataset = open_cube(cube).dataset
     reference = grid_of(dataset).reference
     constraints = Constraints(
-        allowed=tuple(complete(text, reference) for text in allow) if allow else None,
+        allowed=tuple(complete("--allow", text, reference) for text in allow) if allow else None,
         monotone=tuple(monotone or ()),
         max_switches=max_switches,
         min_dwell=min_dwell,

@@ -210,6 +210,20 @@ def make_inputs(folder: Path, images: ImageData) -> None:
     )
 
 
+def warm_up(inputs: Path) -> None:
+    """Have this process import what commands import when they run, so that its children need not."""
+    files = [str(inputs / name) for name in ("cube.nc", "schedule.json", "run")]
+    plot = ["plot", files[0], "--schedule", files[1], "--run", files[2], "--out", str(inputs.parent / "warm.html")]
+    for words in (plot, ["compare", files[1], files[1]], ["cost", "--seed", "x"]):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            mock.patch.object(sys, "argv", ["gradscope", *words]),
+            contextlib.suppress(SystemExit),
+        ):
+            main()
+
+
 def told(line: Line, inputs: Path, images: ImageData) -> Told:
     """Run a line in a copy of the folder `inputs`, in a process of its own with bounded memory and time."""
     with tempfile.TemporaryDirectory() as folder:
@@ -297,6 +311,7 @@ def _names(line: Line, said: str) -> bool:
     """Whether a message names a parameter, an environment variable, or a value of the line."""
     known = commands()[line.words[0]]
     options = [name for fuzzed in line.fuzzed for name in (fuzzed, *known[fuzzed].written)]
+    options += [name for name in known if len(name) > 4]  # short ones stand in many words
     words = [*line.words[1:], *line.variables.values(), *re.findall(r'"([^"]+)"', line.settings)]
     values = [part for word in words for part in (word, word.partition("=")[0]) if part]
     names = [*options, *values, *line.variables, "gradscope.toml", "memory"]

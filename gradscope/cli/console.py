@@ -139,7 +139,10 @@ def parse_grid_axes(text: str) -> dict[str, tuple[Any, ...]]:
             )
         if name.strip() in axes:
             raise UsageError(f"--grid {text!r}: axis {name.strip()!r} is given twice")
-        axes[name.strip()] = tuple(Strategy.parse(f"v={item}")["v"] for item in items)
+        try:
+            axes[name.strip()] = tuple(Strategy.parse(f"{name}={item}")[name.strip()] for item in items)
+        except UsageError as error:
+            raise UsageError(f"--grid {text!r}: {error}") from None
     return axes
 
 

@@ -315,6 +315,8 @@ def _names(line: Line, said: str) -> bool:
     words = [*line.words[1:], *line.variables.values(), *re.findall(r'"([^"]+)"', line.settings)]
     values = [part for word in words for part in (word, word.partition("=")[0]) if part]
     names = [*options, *values, *line.variables, "gradscope.toml", "memory"]
+    if any(all(part in said for part in name.split("_")) for name in line.fuzzed if "_" in name):
+        return True
     plain = _plain(said)
     return any(_plain(name)[:20] in plain for name in names if _plain(name)) or any(value in said for value in values)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 
 import gradscope.demo
@@ -14,6 +16,7 @@ import gradscope.evaluation
 import gradscope.foreign
 import gradscope.report
 import gradscope.timing  # noqa: F401  (imported once here, and not by every forked process)
+from gradscope.cli import main
 from gradscope.data import ImageData
 from tests.gradscope.cli_fuzzing import Line, commands, lines, make_inputs, make_line, told, warm_up, wrong
 from tests.gradscope.cli_words import TOML_VALUES
@@ -57,6 +60,57 @@ def test_every_option_takes_or_refuses_odd_values(command: str, inputs: Path, im
     for number, (name, option) in enumerate(commands()[command].items()):
         if not option.flag and number % 3 == 1:
             check(make_line(command, {name: [option.likely[7 * number % len(option.likely)]]}), inputs, images)
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "value", "message"),
+    [
+        ("cost", "image_size", "1000000000000", "at most 16,384 pixels"),
+        ("evaluate", "device", "mps", "only cpu and cuda"),
+        ("cost", "grid", "patch=" + "9" * 400, "too large"),
+        ("evaluate", "blocks", "-1", "blocks=-1"),
+        ("evaluate", "image_size", "100000", "more than this machine's memory"),
+        ("evaluate", "temperature", "nan", "not a finite number"),
+        ("merge", "out", ".", "a folder; name a file in it"),
+        ("optimize", "out", "..", "a folder; name a file in it"),
+        ("optimize", "slices", "1000000000", "at most 10,000"),
+        ("profile", "task", "own:Broken", "ValueError: broken"),
+        ("show", "file", "x" * 300, "too long a name"),
+        ("train", "schedule", "1e-999999999*patch=7+1*patch=4", "is not in (0, 1]"),
+        ("train", "seed", "9" * 30, "too large a number"),
+        ("train", "settings", "width=1000000", "width is 1000000; it must be at most 65,536"),
+    ],
+)
+def test_values_that_no_machine_could_bear_are_refused(
+    command: str, name: str, value: str, message: str, inputs: Path, images: ImageData
+) -> None:
+    line = make_line(command, {name: [value]})
+    found = told(line, inputs, images)
+    assert not wrong(line, found) and found.code in (1, 2), found
+    assert re.sub(r"\W", "", message) in re.sub(r"\W", "", found.err), found
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "error: not enough memory; take a smaller batch"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes. Error"),
+         "error: not enough memory (4000 bytes were asked for at once)"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), "(2.50 GiB were asked"),
+        (OSError(13, "Permission denied", "/there"), "error: /there: Permission denied"),
+        (RuntimeError("no such operator"), "an unexpected one"),
+    ],
+)  # fmt: skip
+def test_a_machine_that_lacks_something_is_told_of_in_words(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing() -> None:
+        raise error
+
+    monkeypatch.setattr("gradscope.cli.app.app", failing)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow

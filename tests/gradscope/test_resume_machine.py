@@ -264,9 +264,11 @@ class Resuming(RuleBasedStateMachine):
             shutil.rmtree(self.place)
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(300, marks=pytest.mark.slow)])
-def test_whatever_happens_finished_cells_stay_and_the_cube_becomes_whole(count: int) -> None:
+@pytest.mark.parametrize(("count", "rules"), [(2, 6), pytest.param(300, 12, marks=pytest.mark.slow)])
+def test_whatever_happens_finished_cells_stay_and_the_cube_becomes_whole(count: int, rules: int) -> None:
     run_state_machine_as_test(
         Resuming,
-        settings=settings(max_examples=count, stateful_step_count=8, derandomize=True, deadline=None, database=None),
+        settings=settings(
+            max_examples=count, stateful_step_count=rules, derandomize=True, deadline=None, database=None
+        ),
     )

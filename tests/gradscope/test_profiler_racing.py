@@ -165,7 +165,7 @@ def test_a_failing_cell_does_not_end_the_contest_of_the_others(folder: Path, tmp
     assert (grown["n_samples"] > 64).any()
 
 
-@pytest.mark.parametrize("at", [5, 30])
+@pytest.mark.parametrize("at", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_killed_race_of_newcomers_continues_to_the_same_cube(
     folder: Path, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

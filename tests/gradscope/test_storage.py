@@ -265,7 +265,7 @@ def assert_same_run(out: Path, whole: Path) -> None:
         assert open_cube(out / "cube.nc")["bias_sq"].equals(open_cube(whole / "cube.nc")["bias_sq"])
 
 
-@pytest.fixture(params=["mixed", "online"])
+@pytest.fixture
 def run_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Trains a small model into a folder; the mixed one saves after every step."""
     if request.param == "mixed":  # a cube with every step takes long
@@ -297,6 +297,7 @@ def test_training_makes_up_for_saves_that_fail_along_the_way(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("run_to", ["mixed", pytest.param("online", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("count", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_training_that_a_full_disk_ends_is_continued(
     count: int, run_to: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
